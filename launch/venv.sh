@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sourced by the scripts: makes .venv once, installs syncbn with the extras named, and activates it.
+#   source launch/venv.sh train,test
+# PYTHON chooses the interpreter (default: python3.11, else python3).
+set -euo pipefail
+extras=$1
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+source .venv/bin/activate
+wanted="$extras $(cat pyproject.toml launch/constraints.txt | cksum)"
+if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing syncbn[$extras] into $root/.venv ..."
+    python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable ".[$extras]"
+    echo "$wanted" >".venv/installed-$extras"
+fi

@@ -1,0 +1,67 @@
+"""The order of the steps and what is kept between them; no arithmetic and no transport of its own."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from syncbn import comm
+from syncbn.backends import Epilogue, Running, select
+
+
+class Options(NamedTuple):
+    """What a call fixes besides its tensors; group None means that this rank is alone."""
+
+    eps: float
+    activation: str | None
+    group: ProcessGroup | None
+    running: Running | None
+
+
+class NormalizeBatch(torch.autograd.Function):
+    """y = activation(bn(x) + residual) with the statistics of all ranks.
+
+    One collective forward and, iff x needs a gradient, one backward; that must agree across ranks.
+    x.grad is the gradient of the sum of the ranks' losses; the parameters' gradients are this rank's sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        backend = select(x)
+        epilogue = Epilogue(weight, bias, residual, mask, options.activation)
+        sums_local = backend.batch_sums(x, mask)
+        sums = comm.all_sum(sums_local, options.group)
+        y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, options.running)
+        ctx.options, ctx.backend = options, backend
+        kept = residual if options.activation is not None else None  # only z's sign or value needs it again
+        ctx.save_for_backward(x, weight, bias, kept, mask, mean, invstd, sums[-1:])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, mask, mean, invstd, count = ctx.saved_tensors
+        backend, options = ctx.backend, ctx.options
+        needs_dx, needs_dweight, needs_dbias, needs_dresidual, *_ = ctx.needs_input_grad
+        epilogue = Epilogue(weight, bias, residual, mask, options.activation)
+        dsums = dweight = dbias = dx = dresidual = None
+        if needs_dx or needs_dweight or needs_dbias:
+            dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
+            if needs_dx:
+                dsums = comm.all_sum(dsums_local, options.group)
+        if needs_dresidual and options.activation is None and mask is None:
+            dresidual, needs_dresidual = dy, False
+        if needs_dx or needs_dresidual:
+            dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual)
+            dresidual = dz if needs_dresidual else dresidual
+        return dx, dweight, dbias, dresidual, None, None

@@ -1,0 +1,119 @@
+"""The four verbs that touch activation-sized tensors, and which implementation serves a tensor.
+
+    x̂ = (x − mean)·invstd,   z = x̂·weight + bias + residual,   y = activation(z),   dz = dy·activation′(z)
+
+mean and invstd are those of all ranks.
+Masked-out positions count nowhere, give y = 0, receive 0, and whatever stands there reaches nothing.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
+LEAKY_SLOPE = 0.01
+
+
+class Epilogue(NamedTuple):
+    """What follows x̂, each entry optional: weight, bias (C); residual (N, C, *S); mask bool (N, *S)."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+    activation: str | None = None
+
+
+class Running(NamedTuple):
+    """The buffers that `normalize` moves; momentum None means the cumulative average, 1/num_batches_tracked."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+
+
+class Backend(Protocol):
+    """Any strides, any mix of real floating dtypes, empty tensors; nothing is read back to the host.
+
+    A back-end is a module with these four functions; a new device is one such file and one line in `select`.
+    """
+
+    def batch_sums(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[Σx (C), Σx² (C), count] of this rank: float64, on x's device."""
+        ...
+
+    def normalize(
+        self, x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mean, invstd from the sums of all ranks; moves the running statistics, if given."""
+        ...
+
+    def grad_sums(
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[Σdz (C), Σdz·x̂ (C)] of this rank in float64; the same as dweight and dbias, in their dtypes."""
+        ...
+
+    def grad_input(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        epilogue: Epilogue,
+        dsums: Tensor | None,
+        count: Tensor,
+        needs_dresidual: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count) and dresidual = dz.
+
+        dsums and count are those of all ranks; without dsums there is no dx.
+        """
+        ...
+
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def force(name: str) -> Iterator[None]:
+    """Serve every tensor by the back-end of this name, to compare one with another."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def name_for(x: Tensor) -> str:
+    """The name of the back-end that serves x."""
+    return _forced or ("cpu" if x.device.type == "cpu" else "reference")
+
+
+def select(x: Tensor) -> Backend:
+    """The back-end that serves x, imported on first use."""
+    return _load(name_for(x))
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    if name == "cpu":
+        from syncbn.backends import cpu
+
+        return cpu
+    if name == "reference":
+        from syncbn.backends import reference
+
+        return reference
+    raise ValueError(f"There is no back-end named {name!r}; there are 'cpu' and 'reference'.")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: statistics are never held in half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,156 @@
+"""The specification: plain torch operations, any device, any dtype; the other back-ends are held to this one."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
+
+
+def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[Σx (C), Σx² (C), count]; the square of a float32 is exact in float64, so nothing cancels before the wire."""
+    x64 = _masked(x.double(), mask)
+    dims = _reduced(x)
+    count = x.numel() // x.shape[1] if mask is None else mask.sum()
+    count64 = torch.as_tensor(count, dtype=torch.float64, device=x.device)
+    return torch.cat([x64.sum(dims), x64.square().sum(dims), count64.reshape(1)])
+
+
+def normalize(
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = activation((x − mean)·invstd·weight + bias + residual)"""
+    mean64, var64, count = moments(sums)
+    if running is not None:
+        move_running(running, mean64, var64, count)
+    dtype = compute_dtype(x.dtype)
+    mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt().to(dtype)
+    z = _pre_activation(x, mean, invstd, epilogue)
+    y = _masked(activate_(z, epilogue.activation), epilogue.mask)
+    return torch.empty_like(x).copy_(y), mean, invstd
+
+
+def grad_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
+    dz = _grad_pre_activation(dy, x, mean, invstd, epilogue)
+    xhat = _masked((x.to(mean.dtype) - _along(mean, x)) * _along(invstd, x), epilogue.mask)
+    dims = _reduced(x)
+    dsums = torch.cat([dz.sum(dims, dtype=torch.float64), (dz * xhat).sum(dims, dtype=torch.float64)])
+    return dsums, *parameter_grads(dsums, epilogue)
+
+
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    epilogue: Epilogue,
+    dsums: Tensor | None,
+    count: Tensor,
+    needs_dresidual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count), dresidual = dz"""
+    dz = _grad_pre_activation(dy, x, mean, invstd, epilogue)
+    dx = dresidual = None
+    if dsums is not None:
+        mean_dz, mean_dz_xhat = (dsums / count.clamp_min(1)).to(mean.dtype).chunk(2)
+        xhat = (x.to(mean.dtype) - _along(mean, x)) * _along(invstd, x)
+        centred = dz - _along(mean_dz, x) - xhat * _along(mean_dz_xhat, x)
+        scale = _along(scale_of(invstd, epilogue.weight), x)
+        dx = torch.empty_like(x).copy_(_masked(centred * scale, epilogue.mask))
+    if needs_dresidual:
+        dresidual = torch.empty_like(x).copy_(dz)
+    return dx, dresidual
+
+
+def moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, biased variance and count from [Σx, Σx², count]: var = Σx²/n − mean², clamped at 0; n = 0 gives 0, 0."""
+    channels = sums.numel() // 2
+    total, total_sq, count = sums[:channels], sums[channels:-1], sums[-1:]
+    mean = total / count.clamp_min(1)
+    var = (total_sq / count.clamp_min(1) - mean.square()).clamp_min(0)
+    return mean, var, count
+
+
+def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """running ← (1 − f)·running + f·statistic with the unbiased variance; held where n is 0 (variance: n ≤ 1).
+
+    f is the momentum, or 1/num_batches_tracked. The counter counts calls, empty ones too, as nn.BatchNorm does.
+    """
+    factor: Tensor | float | None = running.momentum
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = running.num_batches_tracked.double().reciprocal()
+    assert factor is not None, "checks.py requires a momentum or a counter"
+    unbiased = var * (count / (count - 1).clamp_min(1))
+    for buffer, new, moves in ((running.mean, mean, count > 0), (running.var, unbiased, count > 1)):
+        old = buffer.double()
+        buffer.copy_(torch.where(moves, old + factor * (new - old), old))
+
+
+def activate_(z: Tensor, activation: str | None) -> Tensor:
+    """activation(z), in place"""
+    if activation == "relu":
+        return F.relu(z, inplace=True)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, LEAKY_SLOPE, inplace=True)
+    return z if activation is None else F.silu(z, inplace=True)
+
+
+def activation_grad(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dz = dy·activation′(z); at z = 0 relu has derivative 0 and leaky_relu its slope, as in torch."""
+    if activation == "relu":
+        return torch.where(z > 0, dy, 0)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, dy, dy * LEAKY_SLOPE)
+    sigmoid = torch.sigmoid(z)
+    return dy * sigmoid * (1 + z * (1 - sigmoid))
+
+
+def parameter_grads(dsums: Tensor, epilogue: Epilogue) -> tuple[Tensor | None, Tensor | None]:
+    """dweight = Σdz·x̂ and dbias = Σdz of this rank, in the parameters' dtypes."""
+    dbias, dweight = dsums.chunk(2)
+    weight, bias, *_ = epilogue
+    return (
+        None if weight is None else dweight.to(weight.dtype, copy=True),
+        None if bias is None else dbias.to(bias.dtype, copy=True),
+    )
+
+
+def scale_of(invstd: Tensor, weight: Tensor | None) -> Tensor:
+    """invstd·weight (C), in invstd's dtype."""
+    return invstd if weight is None else invstd * weight.to(invstd.dtype)
+
+
+def _pre_activation(x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue) -> Tensor:
+    """z; forward and backward round alike, so that a unit is cut in both or in neither."""
+    weight, bias, residual, *_ = epilogue
+    z = (x.to(mean.dtype) - _along(mean, x)) * _along(scale_of(invstd, weight), x)
+    if bias is not None:
+        z = z + _along(bias.to(z.dtype), x)
+    return z if residual is None else z + residual.to(z.dtype)
+
+
+def _grad_pre_activation(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue) -> Tensor:
+    """dz, 0 where masked out."""
+    dz = _masked(dy.to(mean.dtype), epilogue.mask)
+    if epilogue.activation is None:
+        return dz
+    z = _masked(_pre_activation(x, mean, invstd, epilogue), epilogue.mask)
+    return activation_grad(dz, z, epilogue.activation)
+
+
+def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
+    return t if mask is None else torch.where(mask.unsqueeze(1), t, 0)
+
+
+def _along(per_channel: Tensor, x: Tensor) -> Tensor:
+    """(C) as (1, C, 1, …), to broadcast over x."""
+    return per_channel.view(1, -1, *(1,) * (x.ndim - 2))
+
+
+def _reduced(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.ndim) if dim != 1]

@@ -1,0 +1,143 @@
+"""Every error text for a wrong argument: the rule, what was received, what to do.
+
+All of it is decided before any collective, from shapes and dtypes, so that what is wrong alike on every rank is
+raised on every rank, and a failed call has moved nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from syncbn import comm
+from syncbn.backends import ACTIVATIONS
+
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REAL_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def check_input(x: Tensor) -> None:
+    """(N, C, *S), real floating point, at least one channel."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a Tensor; got {type(x).__name__}. Pass a tensor of shape (N, C, *S).")
+    if x.dtype not in REAL:
+        hint = "Normalize the real and imaginary parts apart" if x.is_complex() else "Convert it, e.g. input.float()"
+        raise TypeError(f"input must be {_REAL_NAMES}; got {x.dtype}. {hint}.")
+    if x.ndim < 2:
+        raise ValueError(
+            f"input must have at least 2 dimensions, (N, C, *S); got shape {tuple(x.shape)}. "
+            "Add the batch dimension, e.g. input.unsqueeze(0)."
+        )
+    if x.shape[1] == 0:
+        raise ValueError(
+            f"input must have at least one channel in dimension 1; got shape {tuple(x.shape)}. "
+            "An empty batch has 0 in dimension 0 and still its channels."
+        )
+
+
+def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
+    """Every given tensor is a real (C,) on x's device."""
+    channels = x.shape[1]
+    for name, t in per_channel.items():
+        if t is None:
+            continue
+        if t.shape != (channels,):
+            raise ValueError(
+                f"{name} must have one value for each channel of input, dimension 1; got {name} of shape "
+                f"{tuple(t.shape)} with input of shape {tuple(x.shape)}. "
+                f"Build the layer with num_features={channels}, or check the dimension order of input."
+            )
+        if t.dtype not in REAL:
+            raise TypeError(f"{name} must be {_REAL_NAMES}; got {t.dtype}. Convert it, e.g. {name}.float().")
+        _check_device(x, name, t)
+
+
+def check_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Both statistics or neither; momentum None needs the counter."""
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"running_mean and running_var come together; got no {missing}. Pass both or neither.")
+    if running_mean is not None and momentum is None and num_batches_tracked is None:
+        raise ValueError(
+            "momentum=None is the cumulative average and needs num_batches_tracked; got none. "
+            "Pass num_batches_tracked=torch.tensor(0), or a momentum."
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    """One of the activations that can be fused."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}. "
+            "Apply another one to the layer's output."
+        )
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """Of x's shape, real floating point, on x's device."""
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor or None; got {type(residual).__name__}. Pass forward(x, residual).")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of input, {tuple(x.shape)}; got {tuple(residual.shape)}. "
+            "Expand it first: it is added elementwise, before the activation."
+        )
+    if residual.dtype not in REAL:
+        raise TypeError(f"residual must be {_REAL_NAMES}; got {residual.dtype}. Convert it, e.g. residual.float().")
+    _check_device(x, "residual", residual)
+
+
+def check_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask at its full shape (N, *S); bool, True where a position counts."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool Tensor, True where a position counts; got {got}. Use e.g. mask.bool().")
+    shape = (x.shape[0], *x.shape[2:])
+    if not _broadcasts(mask.shape, shape):
+        raise ValueError(
+            f"mask must broadcast to (N, *S) = {shape}, the input without its channels; got {tuple(mask.shape)}. "
+            "Drop the channel dimension: all channels of a position count or none."
+        )
+    _check_device(x, "mask", mask)
+    return mask.expand(shape)
+
+
+def check_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
+    """The peers to synchronise with, None when alone."""
+    try:
+        return comm.peers(process_group)
+    except comm.NotAMember:
+        raise ValueError(
+            "This rank must belong to the process_group it synchronises over; it does not. "
+            "Give each rank the group that contains it: dist.new_group returns a usable group to its members only."
+        ) from None
+
+
+def check_batch_size(x: Tensor, group: ProcessGroup | None) -> None:
+    """More than one value per channel, unless peers may have more."""
+    if group is None and x.numel() == x.shape[1]:
+        raise ValueError(
+            "Expected more than 1 value per channel when training: one value has no variance; "
+            f"got input size {x.shape} and no other rank to share statistics with. "
+            "Use a larger batch, call eval(), or drop the last incomplete batch (drop_last=True)."
+        )
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    trailing = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, trailing, strict=True))
+
+
+def _check_device(x: Tensor, name: str, t: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of input, {x.device}; got {t.device}. Move one of them.")

@@ -1,0 +1,111 @@
+"""The layer as a function: what is checked, and which of the three ways a call goes."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from syncbn import checks
+from syncbn.autograd import NormalizeBatch, Options
+from syncbn.backends import Running
+from syncbn.backends.reference import activate_
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    process_group: ProcessGroup | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    r"""Batch normalization with the statistics of all ranks; the arguments of ``F.batch_norm``, then ours.
+
+    .. math:: y = \mathrm{activation}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\,w + b + \mathrm{residual}\Big)
+
+    In training, :math:`\mu` and the biased :math:`\sigma^2` are taken per channel over every position of every rank
+    of the group, by one all-reduce of float64 sums, so ranks may hold batches of any size, empty ones too.
+    ``running_mean`` and ``running_var`` (unbiased) then move by ``momentum``, to the same bits on all ranks.
+    Otherwise nothing is communicated: the running statistics are used, or this rank's batch if there are none.
+
+    Args:
+        input: (N, C, \*S), float16, bfloat16, float32 or float64, any strides; y has its dtype and memory format.
+        running_mean, running_var: (C,) or None, moved in place in training; a globally empty batch moves neither,
+            a global batch of one value does not move the variance.
+        weight, bias: (C,) or None, for 1 and 0.
+        training: use the batch's statistics.
+        momentum: weight of the new value; None for the cumulative average, which needs ``num_batches_tracked``.
+        eps: added to the variance.
+        process_group: the ranks to synchronise over; None is the default group, looked up at each call.
+        residual: (N, C, \*S), added before the activation.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``.
+        mask: bool, broadcastable to (N, \*S). Positions where it is False add nothing to the statistics, give y = 0
+            and receive no gradient, whatever stands there.
+        num_batches_tracked: scalar integer tensor, incremented in training with running statistics.
+
+    Every rank of the group must make the same training calls in the same order, and agree on whether the input
+    requires a gradient: then the backward pass has one all-reduce, else none.
+    ``input.grad`` is the gradient of the sum of the ranks' losses; ``weight.grad`` and ``bias.grad`` are this rank's
+    sums, for DistributedDataParallel to average.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, before any communication and with all buffers unchanged.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
+    """
+    checks.check_input(input)
+    checks.check_channels(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    checks.check_running(running_mean, running_var, num_batches_tracked, momentum)
+    checks.check_activation(activation)
+    checks.check_residual(input, residual)
+    mask = checks.check_mask(input, mask)
+    running = None
+    if running_mean is not None and running_var is not None:
+        if not training:
+            normalized = _normalize_eval(input, running_mean, running_var, weight, bias, eps, mask)
+            return _finish(normalized, residual, activation, mask)
+        running = Running(running_mean, running_var, num_batches_tracked, momentum)
+    group = checks.check_group(process_group) if training else None
+    if mask is None:
+        checks.check_batch_size(input, group)
+    options = Options(eps, activation, group, running)
+    y: Tensor = NormalizeBatch.apply(input, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+    return y
+
+
+def _normalize_eval(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """F.batch_norm itself, so that export, tracing and conv-bn folding see an ordinary batch norm."""
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(1), x, 0)
+    parameters = (mean, var, weight, bias)
+    dtypes = {t.dtype for t in parameters if t is not None}
+    if dtypes not in ({x.dtype}, {torch.float32}) or (x.dtype == torch.float64 and dtypes != {x.dtype}):
+        common = torch.promote_types(x.dtype, torch.float32)  # ATen takes one parameter dtype: x's or float32
+        mean, var = mean.to(common), var.to(common)
+        weight, bias = (None if t is None else t.to(common) for t in (weight, bias))
+    return F.batch_norm(x, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+
+
+def _finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
+    """activation(z + residual), 0 where masked out, in z's dtype."""
+    if residual is not None:
+        z = (z + residual).to(z.dtype)
+    if activation is not None:
+        z = activate_(z, activation)
+    return z if mask is None else torch.where(mask.unsqueeze(1), z, 0)

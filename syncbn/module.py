@@ -1,0 +1,110 @@
+"""The layer as a module: its state, its momentum rules, its place among torch's batch norms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import init
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import checks
+from syncbn.functional import sync_batch_norm
+
+
+class SyncBatchNorm(_BatchNorm):
+    r"""Batch normalization over the batches of all ranks: ``activation(bn(input) + residual)``.
+
+    .. math:: \mathrm{bn}(x) = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta
+
+    A drop-in for ``torch.nn.SyncBatchNorm``, with its constructor order and state_dict, that also runs on CPU, under
+    gloo, and without a process group, where it is an ordinary batch norm.
+    It is a ``_BatchNorm``, not an ``nn.SyncBatchNorm``: DistributedDataParallel refuses the latter on CPU.
+
+    Args:
+        num_features: C of an input (N, C, \*S).
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics; None for their cumulative average.
+        affine: learn weight :math:`\gamma` and bias :math:`\beta`, (C,) each.
+        track_running_stats: keep running_mean, running_var (C,) and num_batches_tracked; without them eval uses the
+            statistics of its own, local batch.
+        process_group: the ranks to synchronise over; None is the default group, looked up at each call.
+        device, dtype: of parameters and buffers; the input's dtype may be another.
+        bias: learn :math:`\beta` too.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``, fused.
+
+    In training the statistics are those of all ranks, by one all-reduce forward and one backward; every rank must
+    call the layer equally often. In eval nothing is communicated and ``F.batch_norm`` does the work.
+    num_batches_tracked counts training calls, globally empty ones too; those move no running statistic.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, before any communication and with the buffers unchanged.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
+
+    Example::
+
+        >>> layer = syncbn.SyncBatchNorm(64, activation="relu")
+        >>> y = layer(torch.randn(8, 64, 32, 32))
+    """
+
+    process_group: ProcessGroup | None
+    activation: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        checks.check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if affine and not bias:  # not passed on: torch's base takes bias only from 2.13 on
+            self.register_parameter("bias", None)
+        self.process_group = process_group
+        self.activation = activation
+
+    def reset_parameters(self) -> None:
+        """weight 1, bias 0, running statistics at their start."""
+        self.reset_running_stats()
+        for parameter, fill in ((self.weight, init.ones_), (self.bias, init.zeros_)):
+            if parameter is not None:
+                fill(parameter)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """activation(bn(input) + residual), (N, C, *S); mask bool, broadcastable to (N, *S), True where it counts."""
+        self._check_input_dim(input)
+        tracking = self.track_running_stats or not self.training
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracking else None,
+            self.running_var if tracking else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            self.process_group,
+            residual=residual,
+            activation=self.activation,
+            mask=mask,
+            num_batches_tracked=self.num_batches_tracked if tracking else None,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank; the function checks the rest."""
+
+    def extra_repr(self) -> str:
+        shown: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
+        shown |= {"bias": self.bias is not None, "track_running_stats": self.track_running_stats}
+        if self.activation is not None:
+            shown["activation"] = self.activation
+        return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in shown.items())])

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, types and the whole suite, in a .venv that it makes itself. Arguments go to pytest: bash tests/run.sh -k mask
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh" test
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' ranks are processes; more threads only fight for cores
+ruff format --check .
+ruff check .
+mypy
+python -m pytest -n auto "$@"
