@@ -1,0 +1,100 @@
+"""Nothing is timed before its output is right: a float64 oracle on the tensors' own device, every rank's batch known.
+
+    y = relu?((x − mean)/√(var + eps)·weight + bias + residual?)
+
+with mean and the biased var per channel over the batches of all the ranks that are synchronised. Gradients are
+autograd's, of that formula, for the cotangent dy on every rank.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import DTYPES, Plan, in_layout
+from tests.oracle import UNIT, error
+
+EPS = 1e-5
+NAMES = ("y", "dx", "dweight", "dbias", "dresidual")
+
+
+class Case(NamedTuple):
+    """One rank's tensors; the leaves require gradients. Parameters are float32, as in mixed precision."""
+
+    x: Tensor
+    dy: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter
+    residual: Tensor | None
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """x, weight, bias and, if there is one, residual."""
+        return self.x, self.weight, self.bias, *(() if self.residual is None else (self.residual,))
+
+
+def make_case(plan: Plan, device: torch.device, rank: int = 0, fused: bool = False) -> Case:
+    """Rank `rank`'s tensors, the same on whichever process: parameters alike on all ranks, batches not.
+
+    Per channel, mean ~ N(0, 3²) and std in 0.5 … 3 or so: a batch norm's input, and a test of its numerics.
+    """
+    channels, dtype = plan.shape[1], DTYPES[plan.dtype]
+    along = (1, -1, *(1,) * (len(plan.shape) - 2))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    weight, bias = nn.Parameter(0.5 + randn(channels).abs()), nn.Parameter(randn(channels))
+    mean, std = 3 * randn(channels), 0.5 + randn(channels).abs()
+    generator.manual_seed(1 + rank)
+    x = randn(*plan.shape).mul_(std.view(along)).add_(mean.view(along))
+    x, dy = (in_layout(t.to(dtype), plan.layout) for t in (x, randn(*plan.shape)))
+    residual = in_layout(randn(*plan.shape).to(dtype), plan.layout).requires_grad_() if fused else None
+    return Case(x.requires_grad_(), dy, weight, bias, residual)
+
+
+def oracle(cases: list[Case], rank: int, fused: bool) -> tuple[list[Tensor], Tensor]:
+    """[y, dx, dweight, dbias, dresidual?] of `rank` when all of `cases` are one batch; and its z."""
+    leaves = [[t.detach().double().requires_grad_() for t in case.leaves()] for case in cases]
+    batch = torch.cat([leaf[0] for leaf in leaves])
+    dims = [dim for dim in range(batch.ndim) if dim != 1]
+    var, mean = torch.var_mean(batch, dims, correction=0, keepdim=True)
+    zs = []
+    for x, weight, bias, *residual in leaves:
+        z = (x - mean) / (var + EPS).sqrt() * weight.view_as(mean) + bias.view_as(mean)
+        zs.append(z + residual[0] if residual else z)
+    ys = [torch.relu(z) for z in zs] if fused else zs
+    grads = torch.autograd.grad(ys, leaves[rank], [case.dy.double() for case in cases])
+    return [ys[rank].detach(), *grads], zs[rank].detach()
+
+
+def check(
+    name: str,
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], tuple[Tensor, ...]],
+    right: tuple[list[Tensor], Tensor],
+    slack: float = 1,
+    fused: bool = False,
+) -> float:
+    """The largest relative error of forward's y and backward's gradients; raises if one is beyond its tolerance.
+
+    The tolerance is the test suite's for our layer, times slack: 1 for ours, more for a baseline that rounds more.
+    After a ReLU, dx where |z| is within the tolerance of 0 may rightly be cut either way, and is not compared.
+    """
+    wanted, z = right
+    y = forward()
+    got = [y.detach(), *backward(y)]
+    limits = [slack * max(UNIT[t.dtype], UNIT[torch.float32]) for t in got]
+    near = z.abs() <= 4 * limits[0] * z.abs().max() if fused else None
+    worst = 0.0
+    for label, mine, want, limit in zip(NAMES, got, wanted, limits, strict=False):
+        if near is not None and label in ("dx", "dresidual"):
+            mine, want = mine.masked_fill(near, 0), want.masked_fill(near, 0)
+        if near is not None and label in ("dweight", "dbias"):
+            limit = max(limit, slack * max(UNIT[y.dtype], 1e-4))
+        off = error(mine, want)
+        if not off <= limit:
+            raise AssertionError(f"{name}: {label} is off by {off:.2e}, allowed {limit:.2e}; it is not timed.")
+        worst = max(worst, off)
+    return worst

@@ -1,0 +1,107 @@
+"""What is measured: input shapes (N, C, *S), the more telling ones first."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+LAYOUTS = ("contiguous", "channels_last")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CPU_SHAPES: tuple[Shape, ...] = (
+    (8, 64, 56, 56),  # ResNet-50, its early layers
+    (8, 256, 28, 28),
+    (8, 512, 14, 14),
+    (32, 2048, 7, 7),  # and its last ones
+    (2, 64, 112, 112),  # batch 2, as in detection
+    (4096, 256),  # an MLP
+    (8, 256, 400),  # speech
+    (2, 32, 8, 28, 28),  # video
+)
+SMOKE_SHAPES: tuple[Shape, ...] = ((4, 8, 5, 5), (16, 12))
+
+
+class Plan(NamedTuple):
+    """One comparison."""
+
+    shape: Shape
+    dtype: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+
+
+def has_channels_last(shape: Shape) -> bool:
+    """Whether torch has a channels-last memory format for this rank."""
+    return len(shape) in (4, 5)
+
+
+def in_layout(t: Tensor, layout: str) -> Tensor:
+    """t in one of `LAYOUTS`; (N, C) and (N, C, L) have only the first."""
+    if layout == "contiguous":
+        return t.contiguous()
+    return t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d)
+
+
+def cpu_plans(smoke: bool = False) -> list[Plan]:
+    """Every shape and layout in float32, then the first shape in bfloat16."""
+    shapes = SMOKE_SHAPES if smoke else CPU_SHAPES
+    plans = [Plan(shape, "float32", layout) for shape in shapes for layout in layouts_of(shape)]
+    return plans + [Plan(shapes[0], "bfloat16", layout) for layout in layouts_of(shapes[0])]
+
+
+def layouts_of(shape: Shape) -> tuple[str, ...]:
+    return LAYOUTS if has_channels_last(shape) else LAYOUTS[:1]
+
+
+RESNET50_STAGES = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))
+"""(width, output pixels along a side for a 224² image, blocks) of the four stages."""
+
+
+def resnet50_norms(batch: int) -> Iterator[Shape]:
+    """The input of each of ResNet-50's 53 batch norms, in order, for 224² images; stride in the 3×3 convolution."""
+    yield (batch, 64, 112, 112)
+    side_in = 56
+    for width, side, blocks in RESNET50_STAGES:
+        for block in range(blocks):
+            yield (batch, width, side_in if block == 0 else side, side_in if block == 0 else side)
+            yield (batch, width, side, side)
+            yield (batch, 4 * width, side, side)
+            if block == 0:
+                yield (batch, 4 * width, side, side)
+        side_in = side
+
+
+def gpu_shapes() -> list[Shape]:
+    """Typical first: a few of each kind, then all of ResNet-50 at batch 32, 8 and 2."""
+    typical: list[Shape] = [
+        (32, 64, 112, 112),
+        (32, 256, 56, 56),
+        (32, 1024, 14, 14),
+        (32, 2048, 7, 7),
+        (4096, 2048),
+        (2, 256, 200, 336),  # detection, 800×1344: the first stage's output
+        (8, 256, 128, 256),  # segmentation, 512×1024
+        (8, 2048, 7, 7),
+        (2, 64, 400, 672),
+        (8, 64, 256, 512),
+        (2, 2048, 25, 42),
+        (8, 2048, 16, 32),
+    ]
+    resnet = [shape for batch in (32, 8, 2) for shape in resnet50_norms(batch)]
+    return list(dict.fromkeys(typical + resnet))
+
+
+def gpu_plans(smoke: bool = False) -> list[Plan]:
+    """Coarse to fine: the typical shapes in bfloat16, both layouts; every shape in it; then the other dtypes."""
+    shapes = list(SMOKE_SHAPES) if smoke else gpu_shapes()
+    first, rest = shapes[:8], shapes[8:]
+    plans = []
+    for dtypes, group in ((["bfloat16"], first), (["bfloat16"], rest), (["float32", "float16"], shapes)):
+        for dtype in dtypes:
+            for shape in group:
+                plans += [Plan(shape, dtype, layout) for layout in reversed(layouts_of(shape))]
+    return plans

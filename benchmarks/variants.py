@@ -1,0 +1,168 @@
+"""The layers that are compared, each as a function of (x, residual) that carries its own parameters.
+
+Every one is a training call with running statistics, momentum 0.1 and float32 parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import syncbn
+from benchmarks.checking import EPS, Case
+from syncbn.autograd import NormalizeBatch, Options
+from syncbn.backends import Running
+
+MOMENTUM = 0.1
+OURS, BASELINE = 1.0, 100.0
+"""Slack of the output check. Baselines keep float32 sums or round twice: wrong is a hundred times further off."""
+
+
+class Variant(NamedTuple):
+    """What takes a turn in a comparison.
+
+    forward and backward work on the case that they are given; scope is which batch the output must be that of:
+    "local", "global" (all ranks), or None for a yardstick without a right output.
+    """
+
+    name: str
+    forward: Callable[[Case], Any]
+    backward: Callable[[Case, Any], Any]
+    scope: str | None = "local"
+    slack: float = BASELINE
+
+
+Apply = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def variant(
+    name: str, apply: Apply, scope: str = "local", slack: float = BASELINE, retain_graph: bool = False
+) -> Variant:
+    """A layer as a variant; the cases that it is called with share its parameters."""
+
+    def backward(given: Case, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, given.leaves(), given.dy, retain_graph=retain_graph)
+
+    return Variant(name, lambda given: apply(given.x, given.residual), backward, scope, slack)
+
+
+def batch_norm(case: Case, fused: bool = False) -> Apply:
+    """nn.BatchNorm*d, then + residual and ReLU if fused: what one writes without this library."""
+    by_rank = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    layer = _with_parameters(by_rank[case.x.ndim](case.x.shape[1], eps=EPS, momentum=MOMENTUM), case)
+    return _then_add_relu(layer, fused)
+
+
+def compiled_batch_norm(case: Case, fused: bool = False) -> Apply:
+    """torch.compile of `batch_norm`, for this shape."""
+    return torch.compile(batch_norm(case, fused), dynamic=False)
+
+
+def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False) -> Apply:
+    """syncbn.SyncBatchNorm over group; residual and ReLU inside it."""
+    layer = syncbn.SyncBatchNorm(
+        case.x.shape[1], EPS, MOMENTUM, process_group=group, activation="relu" if fused else None
+    )
+    return _with_parameters(layer, case)
+
+
+def ours_forced(case: Case, fused: bool = False) -> Apply:
+    """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
+    channels, like = case.x.shape[1], case.weight.detach()
+    running = Running(like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM)
+    options = Options(EPS, "relu" if fused else None, dist.group.WORLD, running)
+
+    def apply(x: Tensor, residual: Tensor | None) -> Tensor:
+        y: Tensor = NormalizeBatch.apply(x, case.weight, case.bias, residual, None, options)
+        return y
+
+    return apply
+
+
+def torch_sync_forced(case: Case, fused: bool = False) -> Apply:
+    """nn.SyncBatchNorm's synchronized path, its all_gather included, on a group of one; CUDA only.
+
+    The module itself would fall back to F.batch_norm there; its steps around the autograd function are repeated.
+    """
+    from torch.nn.modules._functions import SyncBatchNorm
+
+    channels, like = case.x.shape[1], case.weight.detach()
+    mean, var, counter = like.new_zeros(channels), like.new_ones(channels), _counter(like)
+
+    def apply(x: Tensor) -> Tensor:
+        counter.add_(1)
+        y: Tensor = SyncBatchNorm.apply(x, case.weight, case.bias, mean, var, EPS, MOMENTUM, dist.group.WORLD, 1)
+        return y
+
+    return _then_add_relu(apply, fused)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over all ranks; the gradient is the sum of the ranks' gradients. As in torch.distributed.nn.functional,
+    whose all_reduce is deprecated since torch 2.13."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        t = t.clone()
+        dist.all_reduce(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def naive_sync(case: Case) -> Apply:
+    """A composed synchronized batch norm, as one writes it with a differentiable all_reduce and equal batches."""
+    channels = case.x.shape[1]
+    running_mean, running_var = torch.zeros(channels), torch.ones(channels)
+
+    def apply(x: Tensor, _: Tensor | None) -> Tensor:
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        along = (1, -1, *(1,) * (x.ndim - 2))
+        wide = x.float()
+        count = x.numel() // channels * dist.get_world_size()
+        mean, mean_sq = (AllReduce.apply(torch.cat([wide.sum(dims), wide.square().sum(dims)])) / count).chunk(2)
+        var = mean_sq - mean.square()
+        with torch.no_grad():
+            running_mean.lerp_(mean, MOMENTUM)
+            running_var.lerp_(var * (count / (count - 1)), MOMENTUM)
+        scale = case.weight * torch.rsqrt(var + EPS)
+        return ((wide - mean.view(along)) * scale.view(along) + case.bias.view(along)).to(x.dtype)
+
+    return apply
+
+
+def copy() -> Variant:
+    """The floor: one read and one write of the activation each way."""
+    return Variant("copy", lambda case: case.x.detach().clone(), lambda case, _: case.dy.clone(), None)
+
+
+def bare_all_reduce(case: Case) -> Variant:
+    """Our collectives and nothing else: 2C+1 float64 forward, 2C backward."""
+    channels = case.x.shape[1]
+    sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=case.x.device)
+    dsums = torch.zeros(2 * channels, dtype=torch.float64, device=case.x.device)
+    return Variant("all_reduce", lambda _: dist.all_reduce(sums), lambda _, __: dist.all_reduce(dsums), None)
+
+
+def _with_parameters(layer: nn.Module, case: Case) -> nn.Module:
+    """layer on the case's device, training, with the case's parameter objects."""
+    layer = layer.to(case.x.device).train()
+    layer.weight, layer.bias = case.weight, case.bias
+    return layer
+
+
+def _then_add_relu(layer: Callable[[Tensor], Tensor], fused: bool) -> Apply:
+    if fused:
+        return lambda x, residual: F.relu(layer(x) + residual)
+    return lambda x, residual: layer(x)
+
+
+def _counter(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=like.device)
