@@ -70,7 +70,10 @@ def sync_batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         if not training:
-            normalized = _normalize_eval(input, running_mean, running_var, weight, bias, eps, mask)
+            if mask is not None:  # what stands behind it must not reach a gradient either
+                input = torch.where(mask.unsqueeze(1), input, 0)
+                residual = None if residual is None else torch.where(mask.unsqueeze(1), residual, 0)
+            normalized = _normalize_eval(input, running_mean, running_var, weight, bias, eps)
             return _finish(normalized, residual, activation, mask)
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     group = checks.check_group(process_group) if training else None
@@ -88,11 +91,8 @@ def _normalize_eval(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    mask: Tensor | None,
 ) -> Tensor:
     """F.batch_norm itself, so that export, tracing and conv-bn folding see an ordinary batch norm."""
-    if mask is not None:
-        x = torch.where(mask.unsqueeze(1), x, 0)
     parameters = (mean, var, weight, bias)
     dtypes = {t.dtype for t in parameters if t is not None}
     if dtypes not in ({x.dtype}, {torch.float32}) or (x.dtype == torch.float64 and dtypes != {x.dtype}):

@@ -139,15 +139,13 @@ def grad_input(
     count: Tensor,
     needs_dresidual: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = scale·dz + slope·(x − mean) + offset and dresidual = dz, with scale = invstd·weight"""
+    """dx = (dz − (Σdz/count + (x − mean)·slope))·invstd·weight, slope = invstd·Σdz·x̂/count; dresidual = dz"""
     call = _Call(x, mean, invstd, epilogue, dy)
     dx = None if dsums is None else x.new_empty(call.layout.shape)
     dresidual = x.new_empty(call.layout.shape) if needs_dresidual else None
     if dsums is not None:
-        scale64 = scale_of(invstd.double(), epilogue.weight)
         mean_dz, mean_dz_xhat = (dsums / count.clamp_min(1)).chunk(2)
-        offset = call.per_channel(-scale64 * mean_dz)
-        slope = call.per_channel(-scale64 * mean_dz_xhat * invstd)
+        slope, mean_dz = call.per_channel(mean_dz_xhat * invstd), call.per_channel(mean_dz)
     scratch = _Scratch(mean.dtype)
     for at, part in call.layout.blocks():
         dz = call.dz(at, part)
@@ -156,7 +154,8 @@ def grad_input(
         if dx is not None:
             out = dx[at]
             t = out if out.dtype == mean.dtype else scratch.like(out)
-            call.centred(at, part, t).mul_(slope[part]).add_(offset[part]).addcmul_(dz, call.scale[part])
+            call.centred(at, part, t).mul_(slope[part]).add_(mean_dz[part])
+            torch.sub(dz, t, out=t).mul_(call.scale[part])
             _drop_(t, call.drop, at)
             if t is not out:
                 out.copy_(t)

@@ -1,0 +1,63 @@
+"""Running a `Case` through the real layer; the rank side of the oracle."""
+
+import torch
+import torch.distributed as dist
+
+import syncbn
+from syncbn import backends
+from tests.oracle import Call, Case, Outcome, compare, make_calls
+from tests.ranks import RankPool
+
+
+def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:
+    """A layer with the case's settings and the call's parameter values."""
+    layer = syncbn.SyncBatchNorm(
+        case.channels,
+        momentum=case.momentum,
+        affine=case.affine,
+        track_running_stats=case.track,
+        dtype=case.parameter_dtype or case.dtype,
+        bias=case.bias,
+        activation=case.activation,
+    )
+    with torch.no_grad():
+        for parameter, value in ((layer.weight, call.weight), (layer.bias, call.bias)):
+            if parameter is not None and value is not None:
+                parameter.copy_(value)
+    return layer
+
+
+def run_case(case: Case, steps: int = 1) -> Outcome:
+    """This rank's part, forward and backward; the gradients are those of the last step."""
+    call = make_calls(case)[dist.get_rank() if dist.is_initialized() else 0]
+    with backends.force(case.backend):
+        layer = layer_for(case, call)
+        for _ in range(steps):
+            layer.zero_grad()
+            x = call.x.detach().requires_grad_()
+            residual = None if call.residual is None else call.residual.detach().requires_grad_()
+            y = layer(x, residual, call.mask)
+            y.backward(call.dy)
+    return Outcome(
+        y.detach(),
+        x.grad,
+        None if layer.weight is None else layer.weight.grad,
+        None if layer.bias is None else layer.bias.grad,
+        None if residual is None else residual.grad,
+        layer.running_mean,
+        layer.running_var,
+        layer.num_batches_tracked,
+        {"x": x.stride(), "y": y.stride(), "dx": x.grad.stride()},
+    )
+
+
+def check(pool: RankPool, case: Case, steps: int = 1) -> list[Outcome]:
+    """Run the case on as many ranks as it has shapes and hold every rank to the oracle."""
+    outcomes = pool.run(len(case.shapes), run_case, case, steps)
+    compare(case, outcomes, steps)
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            a, b = getattr(first, name), getattr(other, name)
+            assert a is None or torch.equal(a, b), f"{name} differs between ranks"
+    return outcomes
