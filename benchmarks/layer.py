@@ -144,7 +144,7 @@ def check_all(
         everyone = [case if r == rank else make_case(plan, case.x.device, r, fused) for r in range(ranks)]
         right["global"] = oracle(everyone, rank, fused)
     return {
-        v.name: check(v.name, partial(v.forward, case), partial(v.backward, case), right[v.scope], v.slack, fused)
+        v.name: check(v.name, partial(v.forward, case), partial(v.backward, case), right[v.scope], v.slack)
         for v in entrants
         if v.scope is not None
     }

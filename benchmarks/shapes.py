@@ -99,9 +99,10 @@ def gpu_plans(smoke: bool = False) -> list[Plan]:
     """Coarse to fine: the typical shapes in bfloat16, both layouts; every shape in it; then the other dtypes."""
     shapes = list(SMOKE_SHAPES) if smoke else gpu_shapes()
     first, rest = shapes[:8], shapes[8:]
-    plans = []
-    for dtypes, group in ((["bfloat16"], first), (["bfloat16"], rest), (["float32", "float16"], shapes)):
-        for dtype in dtypes:
-            for shape in group:
-                plans += [Plan(shape, dtype, layout) for layout in reversed(layouts_of(shape))]
-    return plans
+    groups = [("bfloat16", first), ("bfloat16", rest), *(() if smoke else (("float32", shapes), ("float16", shapes)))]
+    return [
+        Plan(shape, dtype, layout)
+        for dtype, group in groups
+        for shape in group
+        for layout in reversed(layouts_of(shape))
+    ]

@@ -1,0 +1,127 @@
+"""Seconds per call on a device: CUDA events around graph replays or eager loops; a plain clock on CPU.
+
+Cold means that a call finds its inputs in no cache: the calls of one repetition walk through copies of the inputs that
+together are four times the L2 cache, and keep their outputs. Hot means the same inputs again and again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLD_TIMES_L2 = 4
+MOST_COPIES = 256
+"""Calls in one repetition at most; inputs so small that these are not four times the L2 count as "partial"."""
+HOT_CALLS = 20
+GIGABYTE = 1 << 30
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The size of the L2 cache as the driver reports it; a stand-in on CPU, where only the logic matters."""
+    if device.type != "cuda":
+        return 1 << 12
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def copies_for(bytes_per_call: int, cold: bool, device: torch.device) -> int:
+    """How many copies of the inputs a repetition walks through."""
+    if not cold:
+        return 1
+    wanted = COLD_TIMES_L2 * l2_bytes(device)
+    return max(2, min(MOST_COPIES, -(-wanted // max(1, bytes_per_call))))
+
+
+def cache_state(copies: int, bytes_per_call: int, device: torch.device) -> str:
+    """hot, cold, or partial: a walk too short to push everything out of the L2."""
+    if copies == 1:
+        return "hot"
+    return "cold" if copies * bytes_per_call >= COLD_TIMES_L2 * l2_bytes(device) else "partial"
+
+
+def timer(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device, graph: bool) -> Callable[[], float]:
+    """A repetition: `call` on each of inputs in turn (on a single one, `HOT_CALLS` times); seconds per call.
+
+    With graph, the repetition is captured once and replayed. Outputs live until the end of the repetition when there
+    are several inputs, so that a cold call does not write where the one before just wrote.
+    """
+    turns = list(inputs) if len(inputs) > 1 else list(inputs) * HOT_CALLS
+    keep = len(inputs) > 1
+
+    def repetition() -> None:
+        kept = [result for item in turns if (result := call(item)) is not None and keep]
+        del kept
+
+    if device.type != "cuda":
+        return lambda: _clock(repetition) / len(turns)
+    replay = capture(repetition, warm=lambda: call(turns[0])) if graph else repetition
+    return lambda: _events(replay) / len(turns)
+
+
+def capture(work: Callable[[], Any], warm: Callable[[], Any]) -> Callable[[], None]:
+    """work as a CUDA graph, captured on the current stream's side stream after three warm-up calls of warm."""
+    stream = side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            warm()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+_stream: "torch.cuda.Stream | None" = None
+
+
+def side_stream() -> "torch.cuda.Stream":
+    """The one stream of all captures and of the forwards whose backward is captured: backward runs where they ran."""
+    global _stream
+    if _stream is None:
+        _stream = torch.cuda.Stream()
+    return _stream
+
+
+def on_side_stream(work: Callable[[], Any], device: torch.device) -> Any:
+    """work's result, computed on the captures' stream."""
+    if device.type != "cuda":
+        return work()
+    stream = side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = work()
+    torch.cuda.synchronize()
+    return result
+
+
+def _events(work: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _clock(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def duplicate(t: Tensor, count: int) -> list[Tensor]:
+    """t and count − 1 copies with its strides, each a leaf as t is."""
+    return [t, *(t.detach().clone().requires_grad_(t.requires_grad) for _ in range(count - 1))]
+
+
+def fits(bytes_needed: int, device: torch.device) -> bool:
+    """Whether a comparison of that size leaves some memory free."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return bytes_needed + GIGABYTE < free + reserved
