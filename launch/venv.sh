@@ -6,8 +6,13 @@ set -euo pipefail
 extras=$1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+python=${PYTHON:-$(command -v python3.11 || command -v python3 || echo python3)}
+if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "venv.sh: syncbn needs Python 3.10 or newer with venv and ensurepip; got '$python', which is none." >&2
+    echo "Install one (Debian and Ubuntu: the package python3-venv), or set PYTHON to one." >&2
+    exit 2
+fi
+[ -f .venv/bin/activate ] || "$python" -m venv .venv # its last file: an interrupted one is made again
 source .venv/bin/activate
 wanted="$extras $(cat pyproject.toml launch/constraints.txt | cksum)"
 if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then

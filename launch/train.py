@@ -1,0 +1,185 @@
+"""Train a small CNN with DistributedDataParallel and one of four normalizations: the smallest honest example.
+
+On one machine, from the repository's root, where torch, tqdm and scikit-learn are installed (quickstart.sh does that):
+
+    python launch/train.py --norm syncbn                             # 1 process, no launcher: batch norm as usual
+    torchrun --standalone --nproc-per-node 2 launch/train.py         # 2 CPU ranks, gloo; with 2 GPUs, nccl
+    torchrun --standalone --nproc-per-node 8 launch/train.py --data cifar10 --amp --channels-last    # 8 GPUs
+    NPROC=8 bash launch/single_node.sh --data cifar10 --amp --channels-last                          # the same
+
+On two nodes of 8 GPUs, the same command on each but for NODE_RANK:
+
+    NNODES=2 NODE_RANK=0 MASTER_ADDR=first.node MASTER_PORT=29500 NPROC=8 bash launch/multi_node.sh --data cifar10
+    NNODES=2 NODE_RANK=1 MASTER_ADDR=first.node MASTER_PORT=29500 NPROC=8 bash launch/multi_node.sh --data cifar10
+
+Under Slurm, with the node and GPU counts as sbatch options:
+
+    sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sbatch --data cifar10
+
+What is specific to synchronized batch norm is two lines: `convert_sync_batchnorm` in model.build, before the wrapping
+in DistributedDataParallel. The rest is what any such training needs to be right.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from data import Data, crop_and_flip, load
+from model import NORMS, build
+from ranks import Rank, fail, join, machine_name
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DistributedSampler
+from tqdm import tqdm
+
+EVAL_BATCH = 256
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; --help ends with the commands above."""
+    summary, _, commands = (__doc__ or "").partition("\n")
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", description=summary, epilog=commands, formatter_class=shown)
+    parser.error = lambda message: fail(f"{message}\n{parser.format_usage()}")  # one message instead of one per rank
+    parser.add_argument("--norm", choices=NORMS, default="syncbn", help="normalization layer (default: %(default)s)")
+    parser.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="data set (default: digits)")
+    parser.add_argument("--data-dir", default="data", help="folder with the CIFAR-10 binary files (default: data)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per rank and step (default: 32)")
+    parser.add_argument("--epochs", type=positive, default=10, help="passes over the training set (default: 10)")
+    parser.add_argument("--lr", type=float, help="first learning rate (default: 0.1 per 256 images of all ranks)")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, on GPU and CPU")
+    parser.add_argument("--channels-last", action="store_true", help="keep images as (N, H, W, C) in memory")
+    parser.add_argument("--seed", type=int, default=0, help="of initialization, order and augmentation (default: 0)")
+    parser.add_argument("--log-file", type=Path, help="append one JSON line per epoch to this file")
+    parser.add_argument("--save", type=Path, help="write the trained state_dict to this file")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def main() -> None:
+    args = parse()
+    try:
+        data = load(args.data, args.data_dir)
+    except ValueError as error:
+        fail(str(error))
+    me = join()
+    torch.manual_seed(args.seed)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = build(args.norm, data.train_images.shape[1]).to(me.device, memory_format=layout)
+    wrapped: nn.Module = model  # converted by now: DistributedDataParallel comes after
+    if me.backend is not None:
+        wrapped = DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
+    if me.rank == 0:
+        sizes = f"{len(data.train_images)} training and {len(data.test_images)} test images"
+        where = f"{me.device.type}, {me.backend or 'no process group'}"
+        print(f"{args.norm} on {me.world} x {args.batch_size} {args.data} images a step ({where}); {sizes}", flush=True)
+    train(model, wrapped, data, args, me)
+    if me.rank == 0 and args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), args.save)
+    if me.backend is not None:
+        dist.destroy_process_group()
+
+
+def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> None:
+    """All epochs, each with its evaluation; `wrapped` is what trains, `model` what is evaluated and saved."""
+    # Equal numbers of steps on every rank: the sampler repeats at most world - 1 images in an epoch.
+    sampler = DistributedSampler(range(len(data.train_images)), me.world, me.rank, seed=args.seed)
+    steps = math.ceil(len(sampler) / args.batch_size)
+    lr = args.lr or 0.1 * args.batch_size * me.world / 256  # Goyal et al., 2017 (arXiv:1706.02677)
+    optimizer = SGD(wrapped.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = CosineAnnealingLR(optimizer, args.epochs * steps)
+    augmenting = torch.Generator().manual_seed(args.seed * me.world + me.rank)
+    with tqdm(total=args.epochs * steps, unit="step", disable=None if me.rank == 0 else True) as bar:
+        for epoch in range(1, args.epochs + 1):
+            sampler.set_epoch(epoch)
+            began = time.perf_counter()
+            for chosen in torch.tensor(list(sampler)).split(args.batch_size):
+                images, labels = data.train_images[chosen], data.train_labels[chosen].to(me.device)
+                images = crop_and_flip(images, augmenting) if data.augment else images
+                with autocast(args, me):
+                    loss = F.cross_entropy(wrapped(to_input(images, data, args, me)), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            if me.device.type == "cuda":
+                torch.cuda.synchronize()
+            ms_per_step = (time.perf_counter() - began) * 1e3 / steps
+            accuracy, loss_test = evaluate(model, data, args, me)
+            if me.rank == 0:
+                bar.write(
+                    f"epoch {epoch}: accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
+                )
+                if args.log_file:
+                    append(args.log_file, args, me, epoch, accuracy, loss_test, ms_per_step)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy over the test set, exact: rank r takes images r, r + world, ..., each once.
+
+    Unsynchronized batch norm leaves every rank its own running statistics; all evaluate rank 0's, as a checkpoint does.
+    """
+    if me.backend is not None:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # correct, loss, images
+    for chosen in torch.arange(me.rank, len(data.test_images), me.world).split(EVAL_BATCH):
+        labels = data.test_labels[chosen].to(me.device)
+        with autocast(args, me):
+            logits = model(to_input(data.test_images[chosen], data, args, me)).float()
+        totals[0] += (logits.argmax(1) == labels).sum()
+        totals[1] += F.cross_entropy(logits, labels, reduction="sum")
+        totals[2] += len(chosen)
+    if me.backend is not None:
+        dist.all_reduce(totals)
+    model.train()
+    correct, loss, count = totals.tolist()
+    return correct / count, loss / count
+
+
+def autocast(args: argparse.Namespace, me: Rank) -> torch.autocast:
+    """bfloat16 needs no loss scaling, so --amp is this alone, on every device."""
+    return torch.autocast(me.device.type, torch.bfloat16, enabled=args.amp)
+
+
+def to_input(images: Tensor, data: Data, args: argparse.Namespace, me: Rank) -> Tensor:
+    """uint8 (N, C, H, W) -> standardized float32 on the device, in the layout of --channels-last."""
+    mean, std = (torch.tensor(v, device=me.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    x = (images.to(me.device).float() - mean) / std
+    return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x.contiguous()
+
+
+def append(log: Path, args: argparse.Namespace, me: Rank, epoch: int, accuracy: float, loss: float, ms: float) -> None:
+    """One JSON line: what ran where, and what came out."""
+    row = {"machine": machine_name(me.device), "torch": torch.__version__, "backend": me.backend, "data": args.data}
+    row |= {"norm": args.norm, "seed": args.seed, "ranks": me.world, "batch_per_rank": args.batch_size}
+    row |= {"amp": args.amp, "channels_last": args.channels_last, "epochs": args.epochs, "epoch": epoch}
+    row |= {"accuracy": accuracy, "loss": loss, "ms_per_step": ms}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
