@@ -8,6 +8,8 @@ Masked-out positions count nowhere, give y = 0, receive 0, and whatever stands t
 
 import contextlib
 import functools
+import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 LEAKY_SLOPE = 0.01
+GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Epilogue(NamedTuple):
@@ -93,7 +96,26 @@ def force(name: str) -> Iterator[None]:
 
 def name_for(x: Tensor) -> str:
     """The name of the back-end that serves x."""
-    return _forced or ("cpu" if x.device.type == "cpu" else "reference")
+    if _forced is not None:
+        return _forced
+    if x.device.type == "cpu":
+        return "cpu"
+    if x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton():
+        return "gpu"
+    _say_reference(x.device.type, x.dtype)
+    return "reference"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_reference(device: str, dtype: torch.dtype) -> None:
+    """Once for each device type and dtype, that the slow path serves it."""
+    reason = "triton is not installed" if device == "cuda" and dtype in GPU_DTYPES else "no back-end is made for them"
+    logging.getLogger("syncbn").debug("%s tensors on %s take plain torch operations: %s", dtype, device, reason)
 
 
 def select(x: Tensor) -> Backend:
@@ -107,11 +129,15 @@ def _load(name: str) -> Backend:
         from syncbn.backends import cpu
 
         return cpu
+    if name == "gpu":
+        from syncbn.backends import gpu
+
+        return gpu
     if name == "reference":
         from syncbn.backends import reference
 
         return reference
-    raise ValueError(f"There is no back-end named {name!r}; there are 'cpu' and 'reference'.")
+    raise ValueError(f"There is no back-end named {name!r}; there are 'cpu', 'gpu' and 'reference'.")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

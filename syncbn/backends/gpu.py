@@ -1,0 +1,191 @@
+"""Triton kernels, one launch a verb: this file allocates what is returned and says what the kernels are given.
+
+A tensor whose spatial dimensions cannot be seen as one (a crop in width, say) is copied first; no other layout is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
+from syncbn.backends.gpu_kernels import batch_sums_kernel, normalize_kernel
+from syncbn.backends.gpu_kernels_backward import grad_input_kernel, grad_sums_kernel
+from syncbn.backends.gpu_launch import Plan, Plans, launch, make_plan, workspace
+
+_plans = Plans()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_device(verb: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device: make it that of the first tensor."""
+
+    @functools.wraps(verb)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else next(iter(kwargs.values()))
+        assert isinstance(first, Tensor), "every verb begins with a tensor"
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return verb(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return verb(*args, **kwargs)
+
+    return guarded
+
+
+@_on_device
+def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[Σx (C), Σx² (C), count]"""
+    key = ("batch_sums", x.device, x.shape, x.stride(), x.dtype, _strides(mask))
+    plan = _plans.get(key, lambda: make_plan(batch_sums_kernel, {"x": x, "mask": mask}, {}))
+    if plan.copies:
+        return batch_sums(_copied(x, "x", plan), None if mask is None else _copied(mask, "mask", plan))
+    channels = x.shape[1]
+    sums = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
+    partials, semaphores = workspace(x.device, plan.splits * (2 * channels + 1), plan.groups)
+    launch(plan.kernel, plan.grid, (x, mask, partials, semaphores, sums), plan.integers)
+    return sums
+
+
+@_on_device
+def normalize(
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = activation((x − mean)·invstd·weight + bias + residual)"""
+    weight, bias, residual, mask, activation = epilogue
+    running_mean, running_var, tracked, momentum = running or (None, None, None, 0.0)
+    y = torch.empty_like(x)
+    cumulative = momentum is None
+    dtypes = (_dtype(weight), _dtype(bias), _dtype(running_mean), _dtype(running_var), _dtype(tracked))
+    key = ("normalize", *_key(x, epilogue), *dtypes, cumulative)
+
+    def make() -> Plan:
+        tensors = {"x": x, "mask": mask, "y": y, "residual": residual}
+        constants = _activation(activation) | {"CUMULATIVE": cumulative}
+        return make_plan(normalize_kernel, tensors, constants)
+
+    plan = _plans.get(key, make)
+    if plan.copies:
+        epilogue = _copied_epilogue(epilogue, plan)
+        z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running)
+        return y.copy_(z), mean, invstd
+    if running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()):
+        return _with_contiguous_running(x, sums, epilogue, eps, running)
+    mean, invstd = torch.empty((2, x.shape[1]), dtype=compute_dtype(x.dtype), device=x.device)
+    semaphores = workspace(x.device, 1, 1)[1] if cumulative else None
+    buffers = (running_mean, running_var, tracked, semaphores)
+    pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, y, mean, invstd)
+    launch(plan.kernel, plan.grid, pointers, (eps, 0.0 if momentum is None else momentum, *plan.integers))
+    return y, mean, invstd
+
+
+@_on_device
+def grad_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
+    weight, bias, residual, mask, activation = epilogue
+    key = ("grad_sums", *_key(x, epilogue), dy.stride(), dy.dtype, _dtype(weight), _dtype(bias))
+
+    def make() -> Plan:
+        tensors = {"x": x, "mask": mask, "dy": dy, "residual": residual}
+        return make_plan(grad_sums_kernel, tensors, _activation(activation))
+
+    plan = _plans.get(key, make)
+    if plan.copies:
+        epilogue = _copied_epilogue(epilogue, plan)
+        return grad_sums(_copied(dy, "dy", plan), _copied(x, "x", plan), mean, invstd, epilogue)
+    channels = x.shape[1]
+    dsums = torch.empty(2 * channels, dtype=torch.float64, device=x.device)
+    dweight = None if weight is None else torch.empty(channels, dtype=weight.dtype, device=x.device)
+    dbias = None if bias is None else torch.empty(channels, dtype=bias.dtype, device=x.device)
+    work = workspace(x.device, plan.splits * 2 * channels, plan.groups)
+    parameters = (mean, invstd, _packed(weight), _packed(bias))
+    launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, *work, dsums, dweight, dbias), plan.integers)
+    return dsums, dweight, dbias
+
+
+@_on_device
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    epilogue: Epilogue,
+    dsums: Tensor | None,
+    count: Tensor,
+    needs_dresidual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = scale·dz + slope·(x − mean) + offset and dresidual = dz, with scale = invstd·weight"""
+    weight, bias, residual, mask, activation = epilogue
+    dx = None if dsums is None else torch.empty_like(x)
+    dresidual = torch.empty_like(x) if needs_dresidual else None
+    dtypes = (_dtype(weight), _dtype(bias), dsums is None, needs_dresidual)
+    key = ("grad_input", *_key(x, epilogue), dy.stride(), dy.dtype, *dtypes)
+
+    def make() -> Plan:
+        tensors = {"x": x, "mask": mask, "y": dx if dresidual is None else dresidual, "dy": dy, "residual": residual}
+        return make_plan(grad_input_kernel, tensors, _activation(activation))
+
+    plan = _plans.get(key, make)
+    if plan.copies:
+        epilogue = _copied_epilogue(epilogue, plan)
+        x, dy = _copied(x, "x", plan), _copied(dy, "dy", plan)
+        dense = grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual)
+        return _filled(dx, dense[0]), _filled(dresidual, dense[1])
+    parameters = (mean, invstd, _packed(weight), _packed(bias), dsums, count)
+    launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, dx, dresidual), plan.integers)
+    return dx, dresidual
+
+
+def _with_contiguous_running(
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running
+) -> tuple[Tensor, Tensor, Tensor]:
+    """normalize for buffers that are slices: kernels move copies of them, which then go back."""
+    mean, var = running.mean.contiguous(), running.var.contiguous()
+    result = normalize(x, sums, epilogue, eps, running._replace(mean=mean, var=var))
+    running.mean.copy_(mean)
+    running.var.copy_(var)
+    return result
+
+
+def _key(x: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
+    residual = epilogue.residual
+    residual_key = None if residual is None else (residual.stride(), residual.dtype)
+    return x.device, x.shape, x.stride(), x.dtype, residual_key, _strides(epilogue.mask), epilogue.activation
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else t.stride()
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
+
+
+def _activation(activation: str | None) -> dict[str, Any]:
+    return {"ACTIVATION": activation, "SLOPE": LEAKY_SLOPE}
+
+
+def _packed(t: Tensor | None) -> Tensor | None:
+    """A (C,) parameter without gaps."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _copied(t: Tensor, name: str, plan: Plan) -> Tensor:
+    """t, contiguous where the plan asks for it; an output that is no view of (N, C, S) asks for x."""
+    return t.contiguous() if name in plan.copies or (name == "x" and "y" in plan.copies) else t
+
+
+def _copied_epilogue(epilogue: Epilogue, plan: Plan) -> Epilogue:
+    residual, mask = epilogue.residual, epilogue.mask
+    return epilogue._replace(
+        residual=None if residual is None else _copied(residual, "residual", plan),
+        mask=None if mask is None else _copied(mask, "mask", plan),
+    )
+
+
+def _filled(out: Tensor | None, values: Tensor | None) -> Tensor | None:
+    return None if out is None or values is None else out.copy_(values)

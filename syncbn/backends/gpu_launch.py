@@ -1,0 +1,211 @@
+"""What stands between a verb and its kernel: the plan of a call, kept; workspaces; the launch itself."""
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.backends import gpu_tiles as tiles
+
+MOST_PLANS = 1024
+"""Plans kept, the oldest dropped first; what Triton compiled does not depend on sizes and is not dropped."""
+
+MOST_STREAMS = 64
+CAPTURED_SEMAPHORES = 1 << 16
+SMS_WITHOUT_DEVICE = 132
+
+Pointers = tuple[Tensor | None, ...]
+
+
+class Kernel:
+    """A Triton kernel with its constants, for arguments of one set of dtypes, integers and missing pointers."""
+
+    def __init__(self, function: Any, constants: dict[str, Any], warps: int) -> None:
+        self.function = function
+        self.constants = {name: constants[name] for name in function.arg_names if name in constants}
+        self.warps = warps
+        self.compiled: dict[int, Any] = {}
+
+
+def launch(kernel: Kernel, grid: int, pointers: Pointers, numbers: tuple[float, ...]) -> None:
+    """Run the kernel on the current stream: the one place where that happens.
+
+    Triton specialises on dtypes, on which pointers are None and on which are 16-byte aligned. A Kernel has one set of
+    the former, so what Triton compiled is kept by the latter, and launched without Triton's own dispatch.
+    No fusion into fma but where a kernel says so: forward and backward must round z alike.
+    """
+    aligned = 1
+    for pointer in pointers:
+        aligned = aligned << 1 | (pointer is None or pointer.data_ptr() % 16 == 0)
+    compiled = kernel.compiled.get(aligned)
+    if compiled is not None:
+        compiled[grid, 1, 1](*pointers, *numbers, *kernel.constants.values())
+        return
+    options = {"num_warps": kernel.warps, "enable_fp_fusion": False}
+    compiled = kernel.function[grid, 1, 1](*pointers, *numbers, **kernel.constants, **options)
+    if hasattr(compiled, "packed_metadata"):  # a compiled kernel; the interpreter returns nothing
+        kernel.compiled[aligned] = compiled
+
+
+class Plan(NamedTuple):
+    """How one call runs, or, where copies has a name in it, which tensors must be made contiguous first."""
+
+    kernel: Kernel
+    grid: int
+    integers: tuple[int, ...]
+    groups: int
+    splits: int
+    copies: tuple[str, ...] = ()
+
+
+class Plans:
+    """Plans by shapes, strides and dtypes; bounded, so that shapes may vary from step to step."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = make()
+            with self._lock:
+                while len(self._plans) >= MOST_PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[key] = plan
+        return plan
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+def make_plan(function: Any, tensors: dict[str, Tensor | None], constants: dict[str, Any]) -> Plan:
+    """The plan for x and what goes with it: y (or dx), dy and residual of x's shape, mask of x's without channels."""
+    x, mask = tensors["x"], tensors["mask"]
+    assert x is not None, "every verb has an x"
+    views: dict[str, tiles.Strides] = {}
+    copies = []
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        strides = (t.stride(0), 0, *t.stride()[1:]) if name == "mask" else t.stride()
+        view = tiles.collapse(x.shape, strides)
+        if view is None:
+            copies.append(name)
+        else:
+            views[name] = view
+    if copies:
+        return Plan(Kernel(function, {}, 0), 0, (), 0, 0, tuple(copies))
+    samples, channels, *spatial = x.shape
+    pixels = torch.Size(spatial).numel()
+    outer, inner, merged = tiles.merge(samples, pixels, [views[name] for name in given])
+    views = dict(zip(given, merged, strict=True))
+    dense = [views[name] for name in given if name != "mask"]
+    fold = 0 if mask is not None else tiles.fold_factor(channels, samples * pixels, dense)
+    shape = tiles.Shape(outer, channels, inner, 0, samples * pixels)
+    if fold:
+        shape = tiles.Shape(1, channels * fold, -(-inner // fold), channels, samples * pixels)
+        views = {name: tiles.Strides(0, 1, channels * fold) for name in given}
+    return _plan_of(function, x, tensors, views, shape, constants)
+
+
+def _plan_of(
+    function: Any,
+    x: Tensor,
+    tensors: dict[str, Tensor | None],
+    views: dict[str, tiles.Strides],
+    shape: tiles.Shape,
+    constants: dict[str, Any],
+) -> Plan:
+    kinds = {name: tiles.kind_of(view, shape.columns, shape.inner) for name, view in views.items() if name != "mask"}
+    itemsize = min(t.element_size() for name, t in tensors.items() if t is not None and name != "mask")
+    kind = kinds["x"]
+    align = tiles.alignment(shape, kind, list(kinds.values()), [views[name] for name in kinds], itemsize)
+    light = tensors["mask"] is not None or align * itemsize < 16
+    tile = tiles.choose(shape, kind, x.element_size(), sms_of(x.device), light)
+    wide = tiles.is_wide(shape, tile, list(views.values()))
+    columns, inner = shape.columns, shape.inner
+    integers = [
+        shape.outer,
+        inner // align if kind == "planes" else inner,
+        columns // align if kind == "rows" else columns,
+        shape.positions // align if shape.fold else shape.positions,
+        tile.per_program,
+    ]
+    for name in tensors:
+        view = views.get(name, tiles.Strides(0, 0, 0))
+        unit = 1 if kinds.get(name, "strided") == "strided" else align
+        strides = (view.outer // unit, view.inner // unit)
+        integers += strides if name == "mask" else (strides[0], view.channel // unit, strides[1])
+    names = {"x": "KIND", "y": "KIND_Y", "dy": "KIND_DY", "residual": "KIND_R"}
+    geometry: dict[str, Any] = {names[name]: kinds.get(name, "strided") for name in tensors if name != "mask"}
+    geometry |= {"ALIGN": align, "FOLD": shape.fold, "EVEN": tiles.is_even(shape, tile), "WIDE": wide}
+    geometry |= {"BLOCK_C": tile.block_c, "BLOCK_I": tile.block_i}
+    if "y" not in tensors:
+        geometry["BLOCK_S"] = max(1, min(64, 1024 // tile.block_c))
+    kernel = Kernel(function, constants | geometry, tile.warps)
+    return Plan(kernel, tile.programs, tuple(integers), tile.groups, tile.splits)
+
+
+def sms_of(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; those of an H200 where there is none."""
+    if device.type != "cuda":
+        return SMS_WITHOUT_DEVICE
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Workspace(NamedTuple):
+    partials: Tensor
+    semaphores: Tensor
+
+
+_workspaces: dict[tuple[int, int], _Workspace] = {}
+_arenas: dict[int, list[Tensor]] = {}
+_lock = threading.Lock()
+
+
+def workspace(device: torch.device, partials: int, semaphores: int) -> tuple[Tensor, Tensor]:
+    """float64 scratch and int32 zeros for one launch on the current stream of the (current) device.
+
+    One per device and stream: launches of one stream follow each other and leave the zeros as they found them.
+    Under graph capture each launch has its own, since a graph may be replayed on any stream, next to any other.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(partials, dtype=torch.float64, device=device), _captured_zeros(device, semaphores)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    key = (device.index or 0, stream)
+    found = _workspaces.get(key)
+    if found is None or found.partials.numel() < partials or found.semaphores.numel() < semaphores:
+        found = _grow(key, device, partials, semaphores)
+    return found
+
+
+def _grow(key: tuple[int, int], device: torch.device, partials: int, semaphores: int) -> _Workspace:
+    """A workspace at least twice the last one; its memory belongs to its stream, which alone reuses it when dropped."""
+    with _lock:
+        last = _workspaces.pop(key, None)
+        if last is not None:
+            partials, semaphores = max(partials, 2 * last.partials.numel()), max(semaphores, last.semaphores.numel())
+        while len(_workspaces) >= MOST_STREAMS:
+            _workspaces.pop(next(iter(_workspaces)))
+        if device.type == "cuda" and key[0] not in _arenas:
+            _arenas[key[0]] = [torch.zeros(CAPTURED_SEMAPHORES, dtype=torch.int32, device=device)]
+        found = _Workspace(
+            torch.empty(max(partials, 1 << 16), dtype=torch.float64, device=device),
+            torch.zeros(max(semaphores, 1 << 12), dtype=torch.int32, device=device),
+        )
+        _workspaces[key] = found
+        return found
+
+
+def _captured_zeros(device: torch.device, semaphores: int) -> Tensor:
+    """Zeros of a captured launch's own: set aside before the capture, or, where none are left, filled by the graph."""
+    with _lock:
+        left = _arenas.get(device.index or 0)
+        if not left or left[0].numel() < semaphores:
+            return torch.zeros(semaphores, dtype=torch.int32, device=device)
+        mine, left[0] = left[0][:semaphores], left[0][semaphores:]
+        return mine
