@@ -60,7 +60,10 @@ def timer(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.devic
 
 
 def capture(work: Callable[[], Any], warm: Callable[[], Any]) -> Callable[[], None]:
-    """work as a CUDA graph, captured on the current stream's side stream after three warm-up calls of warm."""
+    """work as a CUDA graph, captured on the side stream after three warm-up calls of warm.
+
+    torch.cuda.graph would also collect garbage and empty the allocator's cache each time; there are hundreds.
+    """
     stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -68,8 +71,12 @@ def capture(work: Callable[[], Any], warm: Callable[[], Any]) -> Callable[[], No
             warm()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        work()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
     torch.cuda.synchronize()
     return graph.replay
 

@@ -3,7 +3,7 @@
 # training step, the roofline. Uses this machine's python3 as it is.
 #   bash benchmarks/gpu.sh               # rows and log.txt in ./out
 #   OUT=/tmp/rows TOTAL=540 MACHINE=h200 bash benchmarks/gpu.sh
-# At most 8 files are left in $OUT, no folders: log.txt, layer-, kernels- and step-<machine>.csv, roofline.svg, layer.svg.
+# Six files, no folders: log.txt, kernels-, layer- and step-<machine>.csv, roofline.svg, layer.svg.
 # A part may use its share of the time left, so what one part saves, the later ones have.
 # Each part starts with its most telling rows; whatever was measured when time runs out is in the files.
 set -uo pipefail
@@ -54,19 +54,21 @@ machine=${MACHINE:-$("$python" -c "$slug")}
 echo "machine $machine, commit ${COMMIT:-$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)}"
 
 tests=${TESTS:-tests}
-part 30 tests "$python" -m pytest "$tests" -m gpu -q -x --maxfail=20 --durations=10 -p no:cacheprovider
-bench 30 kernels
-bench 50 layer ${smoke:+--gpu-flow}
-bench 55 step
+part 26 tests "$python" -m pytest "$tests" -m gpu -q --maxfail=20 --durations=10 -p no:cacheprovider
+bench 25 kernels
+bench 42 layer ${smoke:+--gpu-flow}
+bench 50 step
+watched=50
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 part 45 "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 part $watched "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
             "$python" -m benchmarks.every_kernel --device "$device" --budget "{budget}" $smoke
+        watched=80
     done
 else
     echo "=== no compute-sanitizer: every kernel runs unwatched"
-    part 45 every_kernel "$python" -m benchmarks.every_kernel --device "$device" --budget "{budget}" $smoke
+    part 60 every_kernel "$python" -m benchmarks.every_kernel --device "$device" --budget "{budget}" $smoke
 fi
 if "$python" -c 'import matplotlib' 2>/dev/null; then
     part 90 roofline "$python" -m benchmarks.plot "$out/kernels-$machine.csv" "$out/roofline.svg"

@@ -43,7 +43,6 @@ from benchmarks.harness import (
 from benchmarks.layer import bn_backend, plan_columns
 from benchmarks.layer_gpu import rotation
 from benchmarks.shapes import Plan, gpu_plans
-from benchmarks.variants import BASELINE, OURS
 from syncbn.backends import Epilogue, name_for, reference, select
 
 COLUMNS = (
@@ -75,7 +74,7 @@ class Entrant(NamedTuple):
     name: str
     call: Call
     main: Callable[[Any], Tensor]
-    slack: float
+    is_ours: bool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,7 +154,7 @@ def ours(verb: str, case: Case, fixed: Fixed) -> Entrant:
             lambda out: out[0],
         ),
     }
-    return Entrant("syncbn", *calls[verb], OURS)
+    return Entrant("syncbn", *calls[verb], True)
 
 
 def torchs(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
@@ -186,7 +185,7 @@ def torchs(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
             lambda out: out,
         ),
     }
-    return Entrant(*calls[verb], BASELINE)
+    return Entrant(*calls[verb], False)
 
 
 def _torchs_on_cpu(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
@@ -209,7 +208,7 @@ def _torchs_on_cpu(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
             lambda out: out[1],
         ),
     }
-    return Entrant(*calls[verb], BASELINE) if verb in calls else None
+    return Entrant(*calls[verb], False) if verb in calls else None
 
 
 def right_ones(verb: str, case: Case, fixed: Fixed, plan: str) -> tuple[list[Entrant], dict[str, float], list[str]]:
@@ -218,10 +217,10 @@ def right_ones(verb: str, case: Case, fixed: Fixed, plan: str) -> tuple[list[Ent
     for entrant in (ours(verb, case, fixed), torchs(verb, case, fixed)):
         if entrant is None:
             continue
-        wanted = "mean" if verb == "batch_sums" and entrant.slack == BASELINE else verb
+        wanted = "mean" if verb == "batch_sums" and not entrant.is_ours else verb
         try:
             output = entrant.main(entrant.call(case))
-            errors[entrant.name] = hold(f"{verb} by {entrant.name}", output, fixed.right[wanted], entrant.slack)
+            errors[entrant.name] = hold(f"{verb} by {entrant.name}", output, fixed.right[wanted], entrant.is_ours)
             entrants.append(entrant)
         except (AssertionError, RuntimeError) as problem:
             refused.append(f"{plan}: {problem}")

@@ -124,11 +124,11 @@ def cpu_variants(case: Case, alone: Any, ranks: int) -> list[variants.Variant]:
     entrants = [
         variants.copy(),
         variants.variant("nn.BatchNorm", variants.batch_norm(case)),
-        variants.variant("syncbn_alone", variants.ours(case, alone), slack=variants.OURS),
+        variants.variant("syncbn_alone", variants.ours(case, alone), is_ours=True),
     ]
     if ranks > 1:
         entrants += [
-            variants.variant("syncbn", variants.ours(case), "global", variants.OURS),
+            variants.variant("syncbn", variants.ours(case), "global", True),
             variants.variant("naive_sync", variants.naive_sync(case), "global"),
             variants.bare_all_reduce(case),
         ]
@@ -144,7 +144,7 @@ def check_all(
         everyone = [case if r == rank else make_case(plan, case.x.device, r, fused) for r in range(ranks)]
         right["global"] = oracle(everyone, rank, fused)
     return {
-        v.name: check(v.name, partial(v.forward, case), partial(v.backward, case), right[v.scope], v.slack)
+        v.name: check(v.name, partial(v.forward, case), partial(v.backward, case), right[v.scope], v.is_ours)
         for v in entrants
         if v.scope is not None
     }

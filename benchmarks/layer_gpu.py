@@ -113,8 +113,8 @@ def gpu_variants(case: Case, fused: bool, with_compile: bool) -> list[variants.V
     entrants = [
         variants.copy(),
         kept("nn.BatchNorm", variants.batch_norm(case, fused)),
-        kept("syncbn", variants.ours(case, fused=fused), slack=variants.OURS),
-        kept("syncbn.forced", variants.ours_forced(case, fused), slack=variants.OURS),
+        kept("syncbn", variants.ours(case, fused=fused), is_ours=True),
+        kept("syncbn.forced", variants.ours_forced(case, fused), is_ours=True),
     ]
     if case.x.is_cuda:
         entrants.append(kept("nn.SyncBatchNorm.forced", variants.torch_sync_forced(case, fused)))
@@ -134,7 +134,7 @@ def right_ones(
         try:
             if v.scope is not None:
                 forward, backward = partial(v.forward, case), partial(v.backward, case)
-                errors[v.name] = check(v.name, forward, backward, expected, v.slack)
+                errors[v.name] = check(v.name, forward, backward, expected, v.is_ours)
             right.append(v)
         except (AssertionError, RuntimeError) as problem:
             refused.append(f"{plan}: {v.name}: {problem}")

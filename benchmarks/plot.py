@@ -45,60 +45,70 @@ def draw(source: Path, out: Path) -> None:
 
 
 def layer(rows: list[Row]) -> Any:
-    """Bars: over_copy of forward + backward, for the first mode, op, dtype and number of ranks of the file."""
+    """Bars of forward + backward over the copy's, for the first op, dtype, mode and number of ranks of the file."""
     first = rows[0]
     fixed = ("op", "dtype", "mode", "ranks")
-    rows = [row for row in rows if all(row[key] == first[key] for key in fixed) and row["pass"] == "both"]
+    rows = [row for row in rows if row["pass"] == "both" and _alike(row, first, fixed)]
     layouts = unique(row["layout"] for row in rows)
-    figure, axes = plt.subplots(len(layouts), 1, figsize=(9, 3.2 * len(layouts)), squeeze=False)
+    figure, axes = plt.subplots(len(layouts), 1, figsize=(9, 3 * len(layouts)), squeeze=False, layout="constrained")
     for axis, layout in zip(axes[:, 0], layouts, strict=True):
         part = [row for row in rows if row["layout"] == layout]
-        shapes, names = unique(row["shape"] for row in part), unique(row["variant"] for row in part)
+        shapes = unique(row["shape"] for row in part)
+        names = unique(row["variant"] for row in part)
         for at, name in enumerate(names):
-            found = {row["shape"]: row for row in part if row["variant"] == name}
-            places = [x + (at - len(names) / 2 + 0.5) * 0.8 / len(names) for x in range(len(shapes))]
-            copies = {row["shape"]: float(row["ms"]) for row in part if row["variant"] == "copy"}
-            present = [
-                (x, found[shape], copies[shape]) for x, shape in zip(places, shapes, strict=True) if shape in found
-            ]
-            heights = [float(row["ms"]) / copy for _, row, copy in present]
-            spread = [[(float(r["ms"]) - float(r["ms_p20"])) / c for _, r, c in present]]
-            spread += [[(float(r["ms_p80"]) - float(r["ms"])) / c for _, r, c in present]]
-            colour = COLOURS[at % len(COLOURS)]
-            axis.bar([x for x, *_ in present], heights, 0.8 / len(names), label=name, color=colour, yerr=spread)
+            _bars(axis, [row for row in part if row["variant"] == name], part, shapes, at, len(names))
         axis.set_xticks(range(len(shapes)), shapes, rotation=20)
         axis.set_ylabel(f"{layout}\ntime / time of two copies")
-        axis.axhline(1, color="black", linewidth=0.5)
-    axes[0, 0].legend(ncols=4, frameon=False)
-    caption = ", ".join(f"{key} {first[key]}" for key in fixed)
-    axes[0, 0].set_title(
-        f"Forward + backward; bars: 20th to 80th percentile. {first['device']}, {caption}, {origin(first)}"
-    )
+    axes[0, 0].legend(ncols=6, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.suptitle(f"Forward + backward of one layer, median and 20/80 percentiles\n{_caption(first, fixed)}")
     return figure
+
+
+def _bars(axis: Any, rows: list[Row], everything: list[Row], shapes: list[str], at: int, of: int) -> None:
+    """One variant's bars, the at-th of `of` beside each other."""
+    copies = {row["shape"]: float(row["ms"]) for row in everything if row["variant"] == "copy"}
+    places = [shapes.index(row["shape"]) + (at - of / 2 + 0.5) * 0.8 / of for row in rows]
+    low, middle, high = (
+        [float(row[column]) / copies[row["shape"]] for row in rows] for column in ("ms_p20", "ms", "ms_p80")
+    )
+    spread = [[m - p for m, p in zip(middle, low, strict=True)], [p - m for m, p in zip(middle, high, strict=True)]]
+    label, colour = rows[0]["variant"], COLOURS[at % len(COLOURS)]
+    axis.bar(places, middle, 0.8 / of, label=label, color=colour, yerr=spread, error_kw={"elinewidth": 0.7})
 
 
 def kernels(rows: list[Row]) -> Any:
     """Points: bytes per second by bytes; a panel per verb; the copy is the roof."""
     first = rows[0]
     fixed = ("epilogue", "dtype", "cache")
-    rows = [row for row in rows if all(row[key] == first[key] for key in fixed)]
+    rows = [row for row in rows if _alike(row, first, fixed)]
     verbs = unique(row["verb"] for row in rows)
-    figure, axes = plt.subplots(1, len(verbs), figsize=(3.4 * len(verbs), 3.4), sharey=True, squeeze=False)
+    width = 3.4 * len(verbs)
+    figure, axes = plt.subplots(1, len(verbs), figsize=(width, 3.8), sharey=True, squeeze=False, layout="constrained")
     for axis, verb in zip(axes[0], verbs, strict=True):
         part = [row for row in rows if row["verb"] == verb]
-        settings = unique((row["variant"], row["layout"]) for row in part)
-        for at, (name, layout) in enumerate(settings):
-            chosen = [row for row in part if (row["variant"], row["layout"]) == (name, layout)]
-            points = sorted((float(row["bytes"]) / 1e6, float(row["gigabytes_per_second"])) for row in chosen)
-            marker, style = ("o" if layout == "contiguous" else "s"), ("-" if name == "copy" else "")
-            axis.plot(*zip(*points, strict=True), style + marker, label=f"{name} {layout}", color=COLOURS[at % 7], ms=4)
+        for at, name in enumerate(unique(row["variant"] for row in part)):
+            _points(axis, [row for row in part if row["variant"] == name], COLOURS[at])
         axis.set_xscale("log")
         axis.set_xlabel("megabytes it must move")
         axis.set_title(verb)
         axis.legend(fontsize=6, frameon=False)
     axes[0, 0].set_ylabel("gigabytes per second")
-    figure.suptitle(f"{first['device']}, {', '.join(f'{k} {first[k]}' for k in fixed)}, {origin(first)}", y=1.02)
+    figure.suptitle(_caption(first, fixed))
     return figure
+
+
+def _points(axis: Any, rows: list[Row], colour: str) -> None:
+    """One variant: circles for contiguous, squares for channels_last; the copy is a line of its best."""
+    name = rows[0]["variant"]
+    for layout, marker in (("contiguous", "o"), ("channels_last", "s")):
+        chosen = [row for row in rows if row["layout"] == layout or name == "copy"]
+        points = sorted((float(row["bytes"]) / 1e6, float(row["gigabytes_per_second"])) for row in chosen)
+        if name == "copy":
+            best = {size: speed for size, speed in points}  # of equal sizes the fastest comes last
+            axis.plot(list(best), list(best.values()), "-", label="copy", color=colour)
+            return
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, label=f"{name}, {layout}", color=colour, ms=4)
 
 
 def wire(rows: list[Row]) -> Any:
@@ -117,13 +127,19 @@ def wire(rows: list[Row]) -> Any:
     return figure
 
 
+def _alike(row: Row, first: Row, keys: tuple[str, ...]) -> bool:
+    return all(row[key] == first[key] for key in keys)
+
+
+def _caption(row: Row, keys: tuple[str, ...]) -> str:
+    """Where, what and with what."""
+    shown = ", ".join(f"{key} {row[key]}" for key in keys)
+    return f"{row['device']}, {shown}, torch {row['torch']}, commit {row['commit']}"
+
+
 def unique(values: Any) -> list[Any]:
     """In order of first appearance."""
     return list(dict.fromkeys(values))
-
-
-def origin(row: Row) -> str:
-    return f"torch {row['torch']}, commit {row['commit']}"
 
 
 if __name__ == "__main__":
