@@ -1,8 +1,22 @@
 """Synchronized batch normalization for PyTorch: exact on CPU and GPU, one collective each way."""
 
 from syncbn import functional
-from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.comm import new_group
+from syncbn.convert import convert_sync_batchnorm, plain, register_converter, revert_sync_batchnorm
+from syncbn.freeze import freeze, unfreeze
 from syncbn.module import SyncBatchNorm
+from syncbn.report import conversion_report
 
 __version__ = "0.1.0"
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "functional", "revert_sync_batchnorm"]
+__all__ = [
+    "SyncBatchNorm",
+    "conversion_report",
+    "convert_sync_batchnorm",
+    "freeze",
+    "functional",
+    "new_group",
+    "plain",
+    "register_converter",
+    "revert_sync_batchnorm",
+    "unfreeze",
+]

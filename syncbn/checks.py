@@ -112,8 +112,14 @@ def check_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.expand(shape)
 
 
-def check_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
+def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
     """The peers to synchronise with, None when alone."""
+    dimensions = getattr(process_group, "ndim", 1)
+    if dimensions != 1:
+        raise ValueError(
+            f"A DeviceMesh to synchronise over must have one dimension; got {dimensions}. "
+            "Pass one of its dimensions, e.g. mesh['dp']."
+        )
     try:
         return comm.peers(process_group)
     except comm.NotAMember:

@@ -11,16 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+Group = ProcessGroup | DeviceMesh
+"""What a process_group argument may be; a mesh must have one dimension."""
+
+_made: dict[tuple[ProcessGroup, int], ProcessGroup] = {}
+"""What `new_group` made, by default group and size."""
 
 
 class NotAMember(Exception):
     """This rank does not belong to the process group it was asked to synchronise over."""
 
 
-def peers(process_group: ProcessGroup | None) -> ProcessGroup | None:
+def peers(process_group: Group | None) -> ProcessGroup | None:
     """The group to reduce over, None when this rank is alone; None as argument is WORLD, looked up now."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    if isinstance(process_group, DeviceMesh):
+        process_group = process_group.get_group()
     group = dist.group.WORLD if process_group is None else process_group
     if group is None or dist.get_rank(group) < 0:
         raise NotAMember
@@ -32,6 +41,67 @@ def all_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums
+
+
+def new_group(scope: int | str) -> ProcessGroup | None:
+    """The process group of this rank among groups of consecutive ranks, for `process_group`.
+
+    Args:
+        scope: k for every k ranks, "node" for the ranks of each machine, "world" for all. In statistics, about 128
+            samples in a group are enough; within a node they travel fastest.
+
+    Returns:
+        The group this rank belongs to; None, which a layer takes as all there is, if no process group is initialised.
+
+    Raises:
+        ValueError: if k does not divide the number of ranks, on every rank alike.
+        RuntimeError: for "node" without torchrun's LOCAL_WORLD_SIZE.
+
+    The first call with a size is a collective of all ranks; the same call later returns the same group.
+    """
+    if not (isinstance(scope, int) and not isinstance(scope, bool) and scope > 0) and scope not in ("node", "world"):
+        raise ValueError(f"A scope is a positive number of ranks, 'node' or 'world'; got {scope!r}.")
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = dist.group.WORLD
+    assert world is not None, "initialised"
+    world_size = dist.get_world_size()
+    if scope == "node" and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "The number of ranks on a node is taken from LOCAL_WORLD_SIZE; it is not set. "
+            "Start with torchrun, or pass that number as the scope."
+        )
+    size = {"world": world_size, "node": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(str(scope)) or int(scope)
+    if world_size % size:
+        raise ValueError(
+            f"Groups of equal size must divide the ranks; got groups of {size} for {world_size} ranks. "
+            f"Take a divisor of {world_size}."
+        )
+    if size == world_size:
+        return world
+    if (world, size) not in _made:
+        for start in range(0, world_size, size):
+            group = dist.new_group(list(range(start, start + size)))
+            if start <= dist.get_rank() < start + size:
+                _made[world, size] = group
+    return _made[world, size]
+
+
+def ranks_of(process_group: Group | None) -> tuple[int, ...] | None:
+    """The global ranks of a group, which can be saved; None for None."""
+    if process_group is None:
+        return None
+    group = process_group.get_group() if isinstance(process_group, DeviceMesh) else process_group
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def group_of(ranks: tuple[int, ...] | None) -> ProcessGroup | None:
+    """The group of exactly these ranks, if this process has made it by `new_group` or it is the default one."""
+    if ranks is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = dist.group.WORLD
+    known = [world, *(group for (of, _), group in _made.items() if of is world)]
+    return next((group for group in known if ranks_of(group) == ranks), None)
 
 
 @contextlib.contextmanager

@@ -1,107 +1,197 @@
-"""Swap batch norm layers for synchronized ones, and back, in place: the layer objects stay, their class changes.
+"""Module swap: batch norm layers into synchronized ones and back, with nothing lost or a refusal in words."""
 
-So nothing else of a layer can get lost: parameters, buffers, hooks, attributes, mode, and every reference to it, from
-a parent, a second parent or an optimizer.
-"""
-
-from typing import TypeVar
+import contextlib
+import fnmatch
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar, cast
 
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn import comm, swap
+from syncbn.freeze import Frozen
 from syncbn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
+Only = Callable[[str, nn.Module], bool] | str | Iterable[str] | None
 
 
-class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
-    """What nn.BatchNorm1d becomes: synchronized, still of its class, still (N, C) or (N, C, L) only."""
+class Converter(NamedTuple):
+    """How layers of one class are swapped, each way."""
 
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
-
-
-class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
-    """What nn.BatchNorm2d becomes: synchronized, still of its class, still (N, C, H, W) only."""
-
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
+    to_sync: Callable[[nn.Module, comm.Group | None], nn.Module]
+    to_plain: Callable[[nn.Module], nn.Module]
 
 
-class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
-    """What nn.BatchNorm3d becomes: synchronized, still of its class, still (N, C, D, H, W) only."""
-
-    _check_input_dim = nn.BatchNorm3d._check_input_dim
-
-
-_SYNCED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
-    nn.BatchNorm1d: SyncBatchNorm1d,
-    nn.BatchNorm2d: SyncBatchNorm2d,
-    nn.BatchNorm3d: SyncBatchNorm3d,
-    nn.SyncBatchNorm: SyncBatchNorm,
-}
+_converters: dict[type, Converter] = {}
+_registered: weakref.WeakKeyDictionary[nn.Module, type] = weakref.WeakKeyDictionary()
+"""The class from which a registered converter made a layer."""
+reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Why the last conversion left a layer as it was, for the report."""
 
 
-def convert_sync_batchnorm(module: M, process_group: ProcessGroup | None = None) -> M:
-    """Make every BatchNorm1d, 2d, 3d and nn.SyncBatchNorm of module synchronized, module itself included.
+def register_converter(
+    cls: type,
+    to_sync: Callable[[nn.Module, comm.Group | None], nn.Module],
+    to_plain: Callable[[nn.Module], nn.Module],
+) -> None:
+    """Tell `convert_sync_batchnorm` and `revert_sync_batchnorm` how to swap layers of exactly this class.
 
     Args:
-        module: changed in place; its layers, parameters and buffers stay the same objects.
-        process_group: the ranks to synchronise over; None keeps the group of an nn.SyncBatchNorm, and means the
+        cls: a normalization layer whose forward does more than batch normalization.
+        to_sync: (layer, process_group) -> its synchronized form: the layer itself, changed, or a new one, which is
+            then put wherever the layer stood. Hooks and attributes of a replaced layer are this function's business.
+        to_plain: the way back.
+    """
+    _converters[cls] = Converter(to_sync, to_plain)
+
+
+def convert_sync_batchnorm(
+    module: M, process_group: comm.Group | None = None, *, only: Only = None, on_unknown: str = "raise"
+) -> M:
+    """Make the batch norm layers of module synchronized, module itself included.
+
+    Args:
+        module: changed in place. Its layers stay the same objects, with their parameters, buffers, hooks, attributes,
+            parametrizations and mode, and still are instances of their class: a BatchNorm2d checks for 4-d inputs.
+        process_group: the ranks to synchronise over; None keeps the group of a layer that has one, and means the
             default group for the others.
+        only: convert just some: a predicate (name, layer) -> bool, or name patterns such as "backbone.*".
+        on_unknown: "raise", or "skip" to leave layers alone whose own forward cannot be kept.
+
+    Converted: BatchNorm1d, 2d, 3d, their lazy forms (on first use), subclasses with the same forward, timm's
+    BatchNormAct2d and SyncBatchNormAct, nn.SyncBatchNorm, and classes given to `register_converter`.
+    Left alone: InstanceNorm, GroupNorm, LayerNorm, frozen batch norms, and what is synchronized already.
 
     Returns:
-        module.
+        module; only a registered converter can make it another object. `conversion_report` says what happened.
 
     Raises:
-        TypeError: for a batch norm of another class, whose forward may do more; nothing has been changed then.
+        TypeError: for a batch norm with a forward of its own, or a module that is compiled, scripted or inside
+            DistributedDataParallel. Nothing has been changed then.
 
-    Call it before wrapping the model in DistributedDataParallel, alike on every rank.
+    Call it alike on every rank, before wrapping the model in DistributedDataParallel.
     """
-    layers = [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
-    ]
-    for name, layer in layers:
-        if type(layer) not in _SYNCED:
-            raise TypeError(
-                f"Only BatchNorm1d, BatchNorm2d, BatchNorm3d and nn.SyncBatchNorm can be converted; got "
-                f"{type(layer).__qualname__} at {name or 'the root'!r}. Replace that layer by one of these first."
-            )
-    for _, layer in layers:
-        group = getattr(layer, "process_group", None) if process_group is None else process_group
-        layer.__dict__.update(process_group=group, activation=None, _class_before=type(layer))
-        layer.__class__ = _SYNCED[type(layer)]
-    return module
+    if on_unknown not in ("raise", "skip"):
+        raise ValueError(f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}.")
+    swap.refuse_wrapped(module)
+    chosen = _chooser(only)
+    todo, left = [], {}
+    for name, layer in module.named_modules():
+        if not isinstance(layer, _BatchNorm) and type(layer) not in _converters:
+            continue
+        reason = _why_not(layer) or (None if chosen(name, layer) else "not chosen by `only`")
+        if reason is None and type(layer) not in _converters and not swap.can_sync(swap.plain_type(layer)):
+            if on_unknown == "raise":
+                raise TypeError(_unknown_text(name, layer))
+            reason = "its forward is its own"
+        if reason is None:
+            todo.append(layer)
+        else:
+            left[layer] = reason
+    reasons.update(left)
+    root: nn.Module = module
+    for layer in todo:
+        reasons.pop(layer, None)
+        root = _make_sync(root, layer, process_group)
+    return cast(M, root)
 
 
 def revert_sync_batchnorm(module: M) -> M:
-    """Give every converted layer of module the class it had, in place; module itself included.
+    """Give every synchronized layer of module the ordinary class it had, in place; module itself included.
 
-    A `SyncBatchNorm` that was built as such becomes an ordinary batch norm for inputs of any rank; one that fuses an
-    activation is refused, as that class has no place for it.
+    Also takes the layers of torch, timm, apex, mmcv and detectron2 that are synchronized batch norms by name and
+    structure, so that a published model runs on one device. A layer that was built synchronized has no ordinary class
+    and becomes a `swap.BatchNorm`, for inputs of any rank, with its fused activation.
+    In eval the output keeps its bits. Afterwards nothing of module communicates.
 
     Raises:
-        TypeError: for a layer with a fused activation; nothing has been changed then.
+        TypeError: for a synchronized layer with a layout or forward of its own. Nothing has been changed then.
     """
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)]
-    for name, layer in layers:
-        if layer.activation is not None:
-            raise TypeError(
-                f"A layer with a fused activation has no ordinary counterpart; got activation={layer.activation!r} at "
-                f"{name or 'the root'!r}. Set layer.activation = None and apply the activation after the layer."
-            )
-    for _, layer in layers:
-        before = layer.__dict__.pop("_class_before", BatchNorm)
-        del layer.activation
-        if before is not nn.SyncBatchNorm:
-            del layer.process_group
-        layer.__class__ = before
-    return module
+    return cast(M, _revert(module)[0])
 
 
-class BatchNorm(_BatchNorm):
-    """Ordinary batch norm for (N, C, *S) inputs of any rank."""
+@contextlib.contextmanager
+def plain(module: M) -> Iterator[M]:
+    """Within the block, module's synchronized layers are ordinary ones: to export or trace in the middle of training.
 
-    def _check_input_dim(self, input: object) -> None:
-        pass
+    The layers are swapped in place and swapped back, whatever happens inside; train() and eval() inside stay in force.
+    """
+    before = [(layer, type(layer), dict(layer.__dict__)) for layer in module.modules()]
+    root, replaced = _revert(module)
+    try:
+        yield cast(M, root)
+    finally:
+        for old, new, cls in replaced:
+            _registered[old] = cls
+            root = swap.replace(root, new, old.train(new.training))
+        for layer, cls, attributes in before:
+            if type(layer) is not cls:
+                mode = layer.training
+                layer.__class__ = cls
+                layer.__dict__.clear()
+                layer.__dict__.update(attributes, training=mode)
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    if isinstance(layer, Frozen):
+        return "frozen"
+    return "synchronized already" if isinstance(layer, SyncBatchNorm) else None
+
+
+def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | None) -> nn.Module:
+    """root with layer synchronized."""
+    cls = type(layer)
+    if cls in _converters:
+        new = _converters[cls].to_sync(layer, process_group)
+        _registered[new] = cls
+        return swap.replace(root, layer, new)
+    swap.change_class(layer, swap.sync_class)
+    if process_group is not None:
+        layer.__dict__["process_group"] = process_group
+    return root
+
+
+def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Module, type]]]:
+    """The root, and what registered converters put in whose place, of which class."""
+    swap.refuse_wrapped(module)
+    layers = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, SyncBatchNorm) or swap.is_foreign_sync(layer):
+            if layer in _registered:
+                continue
+            refusal = swap.why_not_plain(layer)
+            if refusal is not None:
+                raise TypeError(f"{refusal} Got {type(layer).__qualname__} at {_shown(name)}.")
+            layers.append(layer)
+    for layer in layers:
+        swap.make_plain(layer)
+    root, replaced = module, []
+    for old in [layer for layer in module.modules() if layer in _registered]:
+        cls = _registered.pop(old)
+        new = _converters[cls].to_plain(old)
+        replaced.append((old, new, cls))
+        root = swap.replace(root, old, new)
+    return root, replaced
+
+
+def _chooser(only: Only) -> Callable[[str, nn.Module], bool]:
+    if only is None:
+        return lambda name, layer: True
+    if callable(only):
+        return only
+    patterns = [only] if isinstance(only, str) else list(only)
+    return lambda name, layer: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unknown_text(name: str, layer: nn.Module) -> str:
+    return (
+        "A batch norm with a forward of its own cannot be swapped without losing what that forward does; got "
+        f"{type(layer).__module__}.{type(layer).__qualname__} at {_shown(name)}. Tell how with "
+        "syncbn.register_converter(cls, to_sync, to_plain), or leave such layers alone with on_unknown='skip'."
+    )
+
+
+def _shown(name: str) -> str:
+    return f"'{name}'" if name else "the root"

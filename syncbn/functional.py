@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from syncbn import checks
+from syncbn import checks, comm
 from syncbn.autograd import NormalizeBatch, Options
 from syncbn.backends import Running
 from syncbn.backends.reference import activate_
@@ -20,7 +19,7 @@ def sync_batch_norm(
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    process_group: ProcessGroup | None = None,
+    process_group: comm.Group | None = None,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
@@ -44,7 +43,8 @@ def sync_batch_norm(
         training: use the batch's statistics.
         momentum: weight of the new value; None for the cumulative average, which needs ``num_batches_tracked``.
         eps: added to the variance.
-        process_group: the ranks to synchronise over; None is the default group, looked up at each call.
+        process_group: the ranks to synchronise over, a ProcessGroup (see `syncbn.new_group`) or a 1-d DeviceMesh;
+            None is the default group, looked up at each call.
         residual: (N, C, \*S), added before the activation.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``.
         mask: bool, broadcastable to (N, \*S). Positions where it is False add nothing to the statistics, give y = 0
@@ -74,7 +74,7 @@ def sync_batch_norm(
                 input = torch.where(mask.unsqueeze(1), input, 0)
                 residual = None if residual is None else torch.where(mask.unsqueeze(1), residual, 0)
             normalized = _normalize_eval(input, running_mean, running_var, weight, bias, eps)
-            return _finish(normalized, residual, activation, mask)
+            return finish(normalized, residual, activation, mask)
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     group = checks.check_group(process_group) if training else None
     if mask is None:
@@ -102,7 +102,7 @@ def _normalize_eval(
     return F.batch_norm(x, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
 
 
-def _finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
+def finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
     """activation(z + residual), 0 where masked out, in z's dtype."""
     if residual is not None:
         z = (z + residual).to(z.dtype)

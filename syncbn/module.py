@@ -1,14 +1,15 @@
 """The layer as a module: its state, its momentum rules, its place among torch's batch norms."""
 
+import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import checks
+from syncbn import checks, comm
 from syncbn.functional import sync_batch_norm
 
 
@@ -28,7 +29,8 @@ class SyncBatchNorm(_BatchNorm):
         affine: learn weight :math:`\gamma` and bias :math:`\beta`, (C,) each.
         track_running_stats: keep running_mean, running_var (C,) and num_batches_tracked; without them eval uses the
             statistics of its own, local batch.
-        process_group: the ranks to synchronise over; None is the default group, looked up at each call.
+        process_group: the ranks to synchronise over, a ProcessGroup (see `syncbn.new_group`) or a 1-d DeviceMesh;
+            None is the default group, looked up at each call.
         device, dtype: of parameters and buffers; the input's dtype may be another.
         bias: learn :math:`\beta` too.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``, fused.
@@ -48,8 +50,8 @@ class SyncBatchNorm(_BatchNorm):
         >>> y = layer(torch.randn(8, 64, 32, 32))
     """
 
-    process_group: ProcessGroup | None
-    activation: str | None
+    process_group: comm.Group | None = None
+    activation: str | None = None
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: ProcessGroup | None = None,
+        process_group: comm.Group | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -81,6 +83,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(bn(input) + residual), (N, C, *S); mask bool, broadcastable to (N, *S), True where it counts."""
+        return self.normalize(input, residual, mask, self.activation)
+
+    def normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+        """`forward` with the activation given by the caller."""
         self._check_input_dim(input)
         tracking = self.track_running_stats or not self.training
         return sync_batch_norm(
@@ -94,13 +100,39 @@ class SyncBatchNorm(_BatchNorm):
             self.eps,
             self.process_group,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
             mask=mask,
             num_batches_tracked=self.num_batches_tracked if tracking else None,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank; the function checks the rest."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
+        """A copy in the same process shares the group."""
+        memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A group cannot leave its process; its ranks can."""
+        state = self.__dict__.copy()
+        if self.process_group is not None:
+            state["process_group"] = comm.ranks_of(self.process_group)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ranks = state.get("process_group")
+        group = comm.group_of(ranks)
+        super().__setstate__({**state, "process_group": group})  # type: ignore[no-untyped-call]  # torch's own
+        if ranks is not None and group is None:
+            warnings.warn(
+                f"A SyncBatchNorm was saved with a process group of ranks {list(ranks)}, which this process does not "
+                "have; it now synchronises over the default group. Set its process_group to use another.",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
