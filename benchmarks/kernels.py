@@ -239,6 +239,7 @@ def time_verb(
     """Rows of one verb and cache state: the copy first, then every implementation."""
     device = cases[0].x.device
     halves = [torch.zeros(shared["bytes"] // 2, dtype=torch.uint8, device=device) for _ in cases]
+    device_timing.forget_captures(device)
     make = partial(device_timing.timer, device=device, graph=True)
     timers = {"copy": make(torch.clone, halves), **{e.name: make(e.call, cases) for e in entrants}}
     samplers = {name: lambda timed=timed: {"": timed()} for name, timed in timers.items()}

@@ -97,6 +97,7 @@ def compare(plan: Plan, op: str, with_compile: bool, args: argparse.Namespace, r
     entrants, errors, refused = right_ones(plan, case, entrants, fused)
     cases = rotation(case, copies)
     for mode in ("graph", "eager") if device.type == "cuda" else ("eager",):
+        device_timing.forget_captures(device)
         timers = make_timers(entrants, cases, mode == "graph", device)
         samplers = {name: partial(sample, by_pass) for name, by_pass in timers.items()}
         summaries = {key: summarize(seconds) for key, seconds in interleave(samplers, args.reps, 1).items()}
