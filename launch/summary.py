@@ -85,8 +85,11 @@ def plot(path: Path, runs: list[list[Row]]) -> None:
     some = runs[0][0]
     axes.set(xlabel="epoch", ylabel="test accuracy (%)")
     axes.set_title(f"{some['data']}, {some['ranks']} ranks with {some['batch_per_rank']} images each")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
+    if min(epochs[-1]["accuracy"] for epochs in runs) > 0.8:
+        axes.set_ylim(bottom=max(80, axes.get_ylim()[0]))  # else one slow start flattens all that matters
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
