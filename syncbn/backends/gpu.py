@@ -4,6 +4,7 @@ A tensor whose spatial dimensions cannot be seen as one (a crop in width, say) i
 """
 
 import functools
+import struct
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -77,7 +78,7 @@ def normalize(
     semaphores = workspace(x.device, 1, 1)[1] if cumulative else None
     buffers = (running_mean, running_var, tracked, semaphores)
     pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, y, mean, invstd)
-    launch(plan.kernel, plan.grid, pointers, (eps, 0.0 if momentum is None else momentum, *plan.integers))
+    launch(plan.kernel, plan.grid, pointers, (*_halves(eps), *_halves(momentum or 0.0), *plan.integers))
     return y, mean, invstd
 
 
@@ -118,7 +119,7 @@ def grad_input(
     count: Tensor,
     needs_dresidual: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = scale·dz + slope·(x − mean) + offset and dresidual = dz, with scale = invstd·weight"""
+    """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count), dresidual = dz"""
     weight, bias, residual, mask, activation = epilogue
     dx = None if dsums is None else torch.empty_like(x)
     dresidual = torch.empty_like(x) if needs_dresidual else None
@@ -155,6 +156,13 @@ def _key(x: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
     residual = epilogue.residual
     residual_key = None if residual is None else (residual.stride(), residual.dtype)
     return x.device, x.shape, x.stride(), x.dtype, residual_key, _strides(epilogue.mask), epilogue.activation
+
+
+@functools.lru_cache(maxsize=256)
+def _halves(value: float) -> tuple[float, float]:
+    """value as a sum of two float32: Triton's floating arguments have no more."""
+    (first,) = struct.unpack("f", struct.pack("f", value))
+    return first, value - first
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...] | None:

@@ -73,9 +73,9 @@ def tile_pointers(
         c = c.to(tl.int64)
         i = i.to(tl.int64)
     if KIND == "rows":
-        return ptr + ((o * stride_o + i0 * stride_i) * ALIGN + column) + (c + i * (stride_i * ALIGN))
+        return ptr + ((o * stride_o + i0 * stride_i) * ALIGN + column) + (c + i * stride_i * ALIGN)
     elif KIND == "planes":
-        return ptr + ((o * stride_o + column * stride_c) * ALIGN + i0) + (c * (stride_c * ALIGN) + i)
+        return ptr + ((o * stride_o + column * stride_c) * ALIGN + i0) + (c * stride_c * ALIGN + i)
     else:
         return ptr + (o * stride_o + column * stride_c + i0 * stride_i) + (c * stride_c + i * stride_i)
 

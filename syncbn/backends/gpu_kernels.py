@@ -113,7 +113,7 @@ def normalize_kernel(
     y_ptr,  # (N, C, *S): the result
     mean_ptr,  # (C) float32 or float64: result
     invstd_ptr,  # (C) of mean's dtype: result
-    eps: tl.float64, momentum: tl.float64,
+    eps, eps_rest, momentum, momentum_rest,  # each a float32 and what that leaves of a float64
     outer, inner, columns, positions, per_program,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
@@ -138,14 +138,14 @@ def normalize_kernel(
     bias = channel_params(bias_ptr, channel, exists, 0.0, DTYPE)[:, None]
     mean64, var64, count = moments_of(sums_ptr, channel, exists, channels)
     mean = mean64.to(DTYPE)
-    invstd = inverse_std(var64 + eps, DTYPE)
+    invstd = inverse_std(var64 + eps + eps_rest, DTYPE)
     if split == 0:
         tl.store(mean_ptr + channel, mean, mask=lane < channels)
         tl.store(invstd_ptr + channel, invstd, mask=lane < channels)
         if running_mean_ptr is not None:
             move_running(
                 running_mean_ptr, running_var_ptr, tracked_ptr, semaphore_ptr, group, groups,
-                channel, lane < channels, mean64, var64, count, momentum, CUMULATIVE,
+                channel, lane < channels, mean64, var64, count, momentum, momentum_rest, CUMULATIVE,
             )
     mean = mean[:, None]
     scale = (invstd * weight)[:, None]

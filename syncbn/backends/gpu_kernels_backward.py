@@ -120,7 +120,7 @@ def grad_input_kernel(
     FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
-    """dx = scale·(dz − Σdz/n − x̂·Σdz·x̂/n) = scale·dz + slope·(x − mean) + offset, dresidual = dz"""
+    """dx = scale·(dz − Σdz/n + slope·(x − mean)), slope = −invstd·Σdz·x̂/n, scale = invstd·weight; dresidual = dz"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
     inner = scaled(inner, "planes", KIND, ALIGN)
     columns = scaled(columns, "rows", KIND, ALIGN)
@@ -137,11 +137,11 @@ def grad_input_kernel(
     scale = invstd * channel_params(weight_ptr, channel, lane < columns, 1.0, DTYPE)
     bias = channel_params(bias_ptr, channel, lane < columns, 0.0, DTYPE)[:, None]
     if dx_ptr is not None:
-        share = 1.0 / tl.maximum(tl.load(count_ptr), 1.0) * scale.to(tl.float64)
-        offset = -share * tl.load(dsums_ptr + channel, mask=lane < columns, other=0.0)
-        slope = -share * tl.load(dsums_ptr + channels + channel, mask=lane < columns, other=0.0) * invstd
-        offset = offset.to(DTYPE)[:, None]
-        slope = slope.to(DTYPE)[:, None]
+        share = 1.0 / tl.maximum(tl.load(count_ptr), 1.0)
+        mean_dz = tl.load(dsums_ptr + channel, mask=lane < columns, other=0.0) * share
+        slope = tl.load(dsums_ptr + channels + channel, mask=lane < columns, other=0.0) * share * invstd
+        mean_dz = mean_dz.to(DTYPE)[:, None]
+        slope = tl.broadcast_to(-slope.to(DTYPE)[:, None], (BLOCK_C, BLOCK_I))
     scale = scale[:, None]
     o = start // tiles_inner
     t = start % tiles_inner
@@ -158,8 +158,7 @@ def grad_input_kernel(
             KIND_DY, KIND_R, ALIGN, WIDE, ACTIVATION, SLOPE, BLOCK_C, BLOCK_I,
         )
         if dx_ptr is not None:
-            dx = tl.fma(dz, scale, tl.fma(x - mean, slope, offset))
-            dx = tl.where(valid, dx, 0.0)
+            dx = tl.where(valid, scale * tl.fma(x - mean, slope, dz - mean_dz), 0.0)
             at = tile_pointers(
                 dx_ptr, o, t, column, y_stride_o, y_stride_c, y_stride_i, KIND_Y, ALIGN, WIDE, BLOCK_C, BLOCK_I
             )

@@ -163,18 +163,18 @@ def store_as(ptr, value, exists):
 
 @triton.jit
 def move_running(
-    mean_ptr, var_ptr, tracked_ptr, semaphore_ptr, group, groups, channel, exists, mean, var, count, momentum,
-    CUMULATIVE: tl.constexpr,
+    mean_ptr, var_ptr, tracked_ptr, semaphore_ptr, group, groups, channel, exists, mean, var, count,
+    momentum, momentum_rest, CUMULATIVE: tl.constexpr,
 ):
     """running ← (1 − f)·running + f·statistic, f = momentum or 1/calls; the variance unbiased
 
     Held where the count is 0 (variance: ≤ 1). The counter moves always. Only a cumulative average reads it in every
     group: there the last group to have read it increments it.
     """
-    factor = momentum
+    factor = tl.zeros(mean.shape, tl.float64) + momentum + momentum_rest
     if CUMULATIVE:
         calls = tl.load(tracked_ptr).to(tl.int64) + 1
-        factor = 1.0 / calls.to(tl.float64)
+        factor = tl.zeros(mean.shape, tl.float64) + 1.0 / calls.to(tl.float64)
     unbiased = var * (count / tl.maximum(count - 1, 1.0))
     old = tl.load(mean_ptr + channel, mask=exists, other=0.0).to(tl.float64)
     store_as(mean_ptr + channel, tl.where(count > 0, old + factor * (mean - old), old), exists)

@@ -1,0 +1,146 @@
+"""A process in which Triton interprets its kernels on the CPU, and the jobs that tests run in it.
+
+TRITON_INTERPRET decides when triton is imported, once for a process; the tests' own has perhaps imported it already.
+"""
+
+import multiprocessing
+import os
+import pickle
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn.backends import Epilogue, Running
+from tests.oracle import UNIT, Call, Case, Outcome, compare, make_calls
+
+JOB_TIMEOUT = 120.0
+CUT_BFLOAT16 = 2**-7 + 3e-6
+"""oracle.UNIT's bound where bfloat16 is cut off, by a whole unit in the last place, as the interpreter does."""
+
+
+class Interpreter:
+    """`run(fn, *args)` is fn(*args) in that process; what it raises is raised here, with its traceback."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            self._process.start()
+        finally:
+            del os.environ["TRITON_INTERPRET"]
+            if before is not None:
+                os.environ["TRITON_INTERPRET"] = before
+        theirs.close()
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        self._connection.send_bytes(pickle.dumps((fn, args)))
+        if not self._connection.poll(JOB_TIMEOUT):
+            raise AssertionError(f"no answer within {JOB_TIMEOUT:.0f} s")
+        ok, answer = pickle.loads(self._connection.recv_bytes())
+        if not ok:
+            raise AssertionError(answer)
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _serve(connection: Connection) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    UNIT[torch.bfloat16] = CUT_BFLOAT16
+    while True:
+        try:
+            fn, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            answer: tuple[bool, Any] = (True, fn(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+
+
+@contextmanager
+def device_of(sms: int) -> Iterator[None]:
+    """Plans as for a device with that many SMs: few make a program's run of tiles long, many make it one tile."""
+    from syncbn.backends import gpu, gpu_launch
+
+    before = gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans
+    gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = sms, gpu_launch.Plans()
+    try:
+        yield
+    finally:
+        gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = before
+
+
+def check_ranks(case: Case, sms: int, steps: int = 1) -> None:
+    """The exchange of all ranks in this process, held to the oracle."""
+    with device_of(sms):
+        calls = make_calls(case)
+        outcomes = exchange(case, calls, steps)
+    compare(case, outcomes, steps)
+    for call, outcome in zip(calls, outcomes, strict=True):
+        for name in ("y", "dx"):
+            assert outcome.strides[name] == torch.empty_like(call.x).stride(), name
+        if case.track:
+            assert torch.equal(outcome.running_mean, outcomes[0].running_mean), "running_mean differs between ranks"
+            assert torch.equal(outcome.running_var, outcomes[0].running_var), "running_var differs between ranks"
+
+
+def exchange(case: Case, calls: list[Call], steps: int) -> list[Outcome]:
+    """What autograd.py and an all-reduce do on every rank."""
+    runnings = [_running(case) for _ in calls]
+    for _ in range(steps):
+        outcomes = exchange_once(case, calls, runnings)
+    return outcomes
+
+
+def exchange_once(case: Case, calls: list[Call], runnings: list[Running | None]) -> list[Outcome]:
+    from syncbn.backends import gpu
+
+    epilogues = [Epilogue(c.weight, c.bias, c.residual, c.mask, case.activation) for c in calls]
+    sums = _all_sum([gpu.batch_sums(c.x, c.mask) for c in calls])
+    forward = [
+        gpu.normalize(c.x, sums, epilogue, 1e-5, running)
+        for c, epilogue, running in zip(calls, epilogues, runnings, strict=True)
+    ]
+    local = [
+        gpu.grad_sums(c.dy, c.x, mean, invstd, epilogue)
+        for c, epilogue, (_, mean, invstd) in zip(calls, epilogues, forward, strict=True)
+    ]
+    dsums = _all_sum([each[0] for each in local])
+    outcomes = []
+    for c, epilogue, (y, mean, invstd), (_, dweight, dbias), running in zip(
+        calls, epilogues, forward, local, runnings, strict=True
+    ):
+        dx, dresidual = gpu.grad_input(c.dy, c.x, mean, invstd, epilogue, dsums, sums[-1:], case.residual)
+        assert dx is not None, "dsums were given"
+        buffers = running[:3] if running is not None else (None, None, None)
+        strides = {"y": y.stride(), "dx": dx.stride()}
+        outcomes.append(Outcome(y, dx, dweight, dbias, dresidual, *buffers, strides))
+    return outcomes
+
+
+def _all_sum(sums: list[Tensor]) -> Tensor:
+    return torch.stack(sums).sum(0)
+
+
+def _running(case: Case) -> Running | None:
+    if not case.track:
+        return None
+    dtype = case.parameter_dtype or case.dtype
+    mean, var = torch.zeros(case.channels, dtype=dtype), torch.ones(case.channels, dtype=dtype)
+    return Running(mean, var, torch.tensor(0), case.momentum)

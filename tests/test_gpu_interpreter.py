@@ -1,0 +1,109 @@
+"""The Triton kernels, interpreted on the CPU: layouts, dtypes, activations, masks and ranks against the oracle."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.gpu_interpreter import Interpreter, check_ranks
+from tests.oracle import ACTIVATIONS, Case
+
+pytest.importorskip("triton", reason="triton is made for Linux only")
+
+FEW, MANY = 1, 132
+"""SMs: few give a program many tiles, many give it one."""
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+LAYOUTS = [
+    ((3, 5, 7, 9), "contiguous", "contiguous"),
+    ((2, 9, 14, 14), "contiguous", "contiguous"),
+    ((5, 6, 7, 7), "contiguous", "contiguous"),
+    ((2, 3, 8, 64), "contiguous", "contiguous"),
+    ((2, 3, 2, 3, 8), "contiguous", "contiguous"),
+    ((3, 40, 4, 6), "channels_last", "channels_last"),
+    ((2, 64, 8, 8), "channels_last", "channels_last"),
+    ((2, 6, 3, 2, 5), "channels_last", "channels_last"),
+    ((3, 16, 5, 9), "channels_last", "channels_last"),
+    ((3, 3, 9, 31), "channels_last", "channels_last"),
+    ((2, 7, 16, 25), "channels_last", "channels_last"),
+    ((67, 24), "contiguous", "contiguous"),
+    ((9, 5), "sliced", "contiguous"),
+    ((3, 5, 33), "contiguous", "channels_last"),
+    ((3, 12, 17), "channels_last", "contiguous"),
+    ((4, 5, 3, 7), "sliced", "channels_last"),
+    ((4, 5, 3, 7), "contiguous", "sliced"),
+    ((4, 5, 3, 7), "channels_first", "channels_first"),
+    ((3, 8, 4, 4), "contiguous", "expanded"),
+    ((3, 8, 4, 4), "channels_last", "expanded"),
+    ((5, 1, 6), "contiguous", "channels_last"),
+]
+
+
+@pytest.mark.parametrize("sms", [FEW, MANY])
+@pytest.mark.parametrize(("shape", "layout", "dy_layout"), LAYOUTS)
+def test_layouts(interpreter: Interpreter, shape: tuple[int, ...], layout: str, dy_layout: str, sms: int) -> None:
+    """Any strides of x, residual and dy give the oracle's values, in x's memory format."""
+    case = Case((shape,), layout=layout, dy_layout=dy_layout, activation="relu", residual=True)
+    interpreter.run(check_ranks, case, sms)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("parameter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(interpreter: Interpreter, dtype: torch.dtype, parameter_dtype: torch.dtype | None, layout: str) -> None:
+    """Every input dtype, with parameters and buffers of the same dtype or float32."""
+    case = Case(((2, 16, 3, 8),), dtype, parameter_dtype, layout, dy_layout=layout, activation="silu", residual=True)
+    interpreter.run(check_ranks, case, FEW)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogues(interpreter: Interpreter, activation: str | None, residual: bool) -> None:
+    """Every activation, with and without a residual."""
+    interpreter.run(check_ranks, Case(((3, 4, 5, 6),), activation=activation, residual=residual), FEW)
+
+
+@pytest.mark.parametrize("sms", [FEW, MANY])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 5, 6, 7), (4, 3, 40), (2, 24, 9, 16)])
+def test_masks(interpreter: Interpreter, shape: tuple[int, ...], layout: str, sms: int) -> None:
+    """A mask, a denser one and a sparser one on three ranks: NaN below it reaches nothing."""
+    case = Case((shape,) * 3, layout=layout, activation="relu", residual=True, masked=True)
+    interpreter.run(check_ranks, case, sms)
+
+
+RANKS = [
+    ((3, 4, 5), (1, 4, 5)),
+    ((2, 3, 4, 4), (0, 3, 4, 4)),
+    ((0, 3, 4, 4), (0, 3, 4, 4)),
+    ((1, 3), (0, 3)),
+    ((1, 3, 1), (1, 3, 1), (2, 3, 1)),
+    ((2, 3, 4, 4), (2, 3, 2, 8), (1, 3, 0, 4)),
+]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shapes", RANKS, ids=str)
+def test_ranks(interpreter: Interpreter, shapes: tuple[tuple[int, ...], ...], momentum: float | None) -> None:
+    """Uneven, empty and all-empty ranks, and a global count of 1, over three steps."""
+    case = Case(shapes, activation="leaky_relu", residual=True, momentum=momentum)
+    interpreter.run(check_ranks, case, MANY, 3)
+
+
+@pytest.mark.parametrize("channels", [3, 70])
+def test_cumulative_average(interpreter: Interpreter, channels: int) -> None:
+    """momentum None with one group of channels and with several: one increment a step, read before it by all."""
+    interpreter.run(check_ranks, Case(((3, channels, 4, 4),), momentum=None), MANY, 4)
+
+
+@pytest.mark.parametrize("given", [{"affine": False}, {"bias": False}, {"track": False}], ids=str)
+def test_what_may_be_missing(interpreter: Interpreter, given: dict[str, bool]) -> None:
+    """No weight and bias, no bias, no running statistics."""
+    interpreter.run(check_ranks, Case(((3, 4, 5, 6),), activation="relu", **given), FEW)
