@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import syncbn
+from syncbn import backends
 
 CONFIGURATIONS = [
     {},
@@ -127,6 +128,25 @@ def test_copies_are_whole(copied) -> None:
     x = torch.randn(4, 3)
     assert torch.equal(other(x), layer(x))
     assert other.running_mean is not layer.running_mean
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5), (4, 1, 5, 5), (4, 3, 1, 1), (0, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_what_follows_may_work_in_place(backend: str, shape: tuple[int, ...], last: bool) -> None:
+    """An in-place activation after the layer, as most models have one, gives the gradients of one that is not."""
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    dy = torch.randn(shape, dtype=torch.float64)
+    grads = []
+    for inplace in (True, False):
+        leaf = x.clone().requires_grad_()
+        layer = syncbn.SyncBatchNorm(shape[1], dtype=torch.float64)
+        with backends.force(backend):
+            nn.ReLU(inplace)(layer(leaf)).backward(dy)
+        grads.append((leaf.grad, layer.weight.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
 
 
 def test_autocast() -> None:

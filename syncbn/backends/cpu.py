@@ -46,11 +46,13 @@ class _Layout:
         samples, _, pixels = self.sizes
         return ~mask.reshape((samples * pixels, 1) if self.rows else (samples, 1, pixels))
 
-    def unflatten(self, t: Tensor) -> Tensor:
-        samples, channels, _ = self.sizes
-        if self.rows:
-            return t.view(samples, *self.spatial, channels).movedim(-1, 1)
-        return t.view(samples, channels, *self.spatial)
+    def new_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """An output in x's shape and format, and the same memory flattened; the output is no view, so that what
+        follows the layer may work in place.
+        """
+        order = (0, *range(2, x.ndim), 1) if self.rows else range(x.ndim)
+        t = torch.empty_permuted(x.shape, tuple(order), dtype=x.dtype, device=x.device)
+        return t, (t.movedim(1, -1) if self.rows else t).view(self.shape)
 
     def per_channel(self, t: Tensor) -> Tensor:
         return t if self.rows else t.view(-1, 1)
@@ -98,16 +100,16 @@ def normalize(
     dtype = compute_dtype(x.dtype)
     mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt_().to(dtype)
     call = _Call(x, mean, invstd, epilogue)
-    y = x.new_empty(call.layout.shape)
+    y, flat = call.layout.new_like(x)
     scratch = _Scratch(dtype)
     for at, part in call.layout.blocks():
-        out = y[at]
+        out = flat[at]
         z = out if out.dtype == dtype else scratch.like(out)
         activate_(call.pre_activation(at, part, z), epilogue.activation)
         _drop_(z, call.drop, at)
         if z is not out:
             out.copy_(z)
-    return call.layout.unflatten(y), mean, invstd
+    return y, mean, invstd
 
 
 def grad_sums(
@@ -141,29 +143,25 @@ def grad_input(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = (dz − (Σdz/count + (x − mean)·slope))·invstd·weight, slope = invstd·Σdz·x̂/count; dresidual = dz"""
     call = _Call(x, mean, invstd, epilogue, dy)
-    dx = None if dsums is None else x.new_empty(call.layout.shape)
-    dresidual = x.new_empty(call.layout.shape) if needs_dresidual else None
+    dx, dx_flat = (None, None) if dsums is None else call.layout.new_like(x)
+    dresidual, dresidual_flat = call.layout.new_like(x) if needs_dresidual else (None, None)
     if dsums is not None:
         mean_dz, mean_dz_xhat = (dsums / count.clamp_min(1)).chunk(2)
         slope, mean_dz = call.per_channel(mean_dz_xhat * invstd), call.per_channel(mean_dz)
     scratch = _Scratch(mean.dtype)
     for at, part in call.layout.blocks():
         dz = call.dz(at, part)
-        if dresidual is not None:
-            dresidual[at] = dz
-        if dx is not None:
-            out = dx[at]
+        if dresidual_flat is not None:
+            dresidual_flat[at] = dz
+        if dx_flat is not None:
+            out = dx_flat[at]
             t = out if out.dtype == mean.dtype else scratch.like(out)
             call.centred(at, part, t).mul_(slope[part]).add_(mean_dz[part])
             torch.sub(dz, t, out=t).mul_(call.scale[part])
             _drop_(t, call.drop, at)
             if t is not out:
                 out.copy_(t)
-    layout = call.layout
-    return (
-        None if dx is None else layout.unflatten(dx),
-        None if dresidual is None else layout.unflatten(dresidual),
-    )
+    return dx, dresidual
 
 
 class _Call:
