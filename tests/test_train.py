@@ -36,6 +36,7 @@ def call(train: ModuleType, *options: str) -> None:
         patch.setattr(sys, "argv", ["train.py", *options])
         for name in FROM_A_LAUNCHER:
             patch.delenv(name, raising=False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)  # like the ranks it is compared with
         train.main()
 
 
