@@ -130,7 +130,7 @@ def stub(path: Path, text: str) -> None:
 def test_slurm_starts_a_node_script_per_task(tmp_path: Path) -> None:
     """slurm.sbatch hands every task its rank, the first host, a port, the GPU count and all arguments unchanged."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
-    stub(tmp_path / "bin" / "scontrol", 'printf "n7\\nn8\\n"')
+    stub(tmp_path / "bin" / "scontrol", "printf 'n%d\\n' {7..20000}")  # more than a pipe holds
     stub(tmp_path / "bin" / "srun", 'for i in 0 1; do SLURM_NODEID=$i "${@:2}"; done')
     stub(
         tmp_path / "launch" / "multi_node.sh",
