@@ -42,7 +42,8 @@ rm -f "$log"
 unset PYTHON # made .venv; from here on it is .venv's
 for ((seed = 0; seed < seeds; seed++)); do
     for norm in "${norms[@]}"; do
-        NPROC=2 bash launch/single_node.sh --norm "$norm" --batch-size 2 --epochs "$epochs" --seed "$seed" --log-file "$log"
+        NPROC=2 bash launch/single_node.sh \
+            --norm "$norm" --batch-size 2 --epochs "$epochs" --seed "$seed" --log-file "$log"
     done
 done
 python launch/summary.py "$log" --csv out/quickstart.csv --png out/quickstart.png

@@ -17,6 +17,7 @@ source .venv/bin/activate
 wanted="$extras $(cat pyproject.toml launch/constraints.txt | cksum)"
 if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then
     echo "installing syncbn[$extras] into $root/.venv ..."
-    python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable ".[$extras]"
+    python -m pip install --quiet --disable-pip-version-check \
+        --constraint launch/constraints.txt --editable ".[$extras]"
     echo "$wanted" >".venv/installed-$extras"
 fi
