@@ -1,0 +1,78 @@
+"""README.md is true: its snippets run, its links lead somewhere, its numbers are those of the rows it cites."""
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SECTION = README.split("## Swapping layers")[1].split("\n## ")[0]
+
+
+class Model(nn.Module):
+    """What the snippets call model: a backbone and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL))
+def test_swapping_snippets_run(snippet: str, tmp_path: Path) -> None:
+    """Every snippet of the section runs as it stands, on a converted model."""
+    names = {
+        "torch": torch,
+        "syncbn": syncbn,
+        "model": syncbn.convert_sync_batchnorm(Model()),
+        "images": torch.randn(2, 3, 8, 8),
+        "path": tmp_path / "model.pt",
+        "evaluate": lambda model: float(model(torch.randn(2, 3, 8, 8)).detach().sum()),
+    }
+    exec(snippet, names)
+
+
+def test_the_section_has_its_snippets() -> None:
+    """The pattern above finds what is there."""
+    assert len(re.findall(r"```python\n", SECTION)) == 5
+
+
+def test_links_lead_somewhere() -> None:
+    """Every file README links to exists."""
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_the_norms_table_is_that_of_the_rows() -> None:
+    """Accuracy and loss by norm are the mean and standard deviation of the committed rows."""
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/norms-epyc-2-cores.csv").read_text().splitlines()))
+    label = {
+        "syncbn": "SyncBatchNorm",
+        "group": "GroupNorm",
+        "batch": "BatchNorm, unsynchronized",
+        "instance": "InstanceNorm",
+    }
+    for norm, name in label.items():
+        accuracy = [100 * float(row["accuracy"]) for row in rows if row["norm"] == norm]
+        loss = statistics.mean(float(row["loss"]) for row in rows if row["norm"] == norm)
+        assert len(accuracy) == 3
+        line = f"| {name} | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | {loss:.3f} |"
+        assert line in README
+
+
+def test_commands_exist() -> None:
+    """The scripts README names are there."""
+    named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", README))
+    assert named >= {"launch/quickstart.sh", "tests/run.sh"}
+    assert all((ROOT / name).exists() for name in named)
