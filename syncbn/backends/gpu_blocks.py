@@ -143,7 +143,7 @@ def activation_grad(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 @triton.jit
 def grad_pre_activation(
     dy_ptr, x, mean, scale, bias, residual_ptr, o, t, column,
-    dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, valid,
+    dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, exists, valid,
     KIND_DY: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
@@ -151,11 +151,11 @@ def grad_pre_activation(
     at = tile_pointers(
         dy_ptr, o, t, column, dy_stride_o, dy_stride_c, dy_stride_i, KIND_DY, ALIGN, WIDE, BLOCK_C, BLOCK_I
     )
-    dz = tl.load(at, mask=valid, other=0.0).to(x.dtype)
+    dz = tl.load(at, mask=exists, other=0.0).to(x.dtype)
     if ACTIVATION is not None:
         z = pre_activation(
             x, mean, scale, bias, residual_ptr, o, t, column, residual_stride_o, residual_stride_c, residual_stride_i,
-            valid, KIND_R, ALIGN, WIDE, BLOCK_C, BLOCK_I,
+            exists, KIND_R, ALIGN, WIDE, BLOCK_C, BLOCK_I,
         )
         dz = activation_grad(dz, z, ACTIVATION, SLOPE)
     return tl.where(valid, dz, 0.0)

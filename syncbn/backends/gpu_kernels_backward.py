@@ -67,16 +67,18 @@ def grad_sums_kernel(
     o = start // tiles_inner
     t = start % tiles_inner
     for _ in range(start, stop):
-        valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
-        valid = counted(mask_ptr, o, t, mask_stride_o, mask_stride_i, valid, BLOCK_I)
+        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
+        valid = counted(mask_ptr, o, t, mask_stride_o, mask_stride_i, exists, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
-        x = tl.load(at, mask=valid, other=0.0).to(DTYPE)
+        x = tl.load(at, mask=exists, other=0.0).to(DTYPE)
+        if mask_ptr is not None:
+            x = tl.where(valid, x, 0.0)
         dz = grad_pre_activation(
             dy_ptr, x, mean, scale, bias, residual_ptr, o, t, column,
-            dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, valid,
-            KIND_DY, KIND_R, ALIGN, WIDE, ACTIVATION, SLOPE, BLOCK_C, BLOCK_I,
+            dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, exists,
+            valid, KIND_DY, KIND_R, ALIGN, WIDE, ACTIVATION, SLOPE, BLOCK_C, BLOCK_I,
         )
         sum_dz += dz
         sum_dz_d = tl.fma(dz, x - mean, sum_dz_d)
@@ -151,11 +153,13 @@ def grad_input_kernel(
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
-        x = tl.load(at, mask=valid, other=0.0).to(DTYPE)
+        x = tl.load(at, mask=exists, other=0.0).to(DTYPE)
+        if mask_ptr is not None:
+            x = tl.where(valid, x, 0.0)
         dz = grad_pre_activation(
             dy_ptr, x, mean, scale, bias, residual_ptr, o, t, column,
-            dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, valid,
-            KIND_DY, KIND_R, ALIGN, WIDE, ACTIVATION, SLOPE, BLOCK_C, BLOCK_I,
+            dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i, exists,
+            valid, KIND_DY, KIND_R, ALIGN, WIDE, ACTIVATION, SLOPE, BLOCK_C, BLOCK_I,
         )
         if dx_ptr is not None:
             dx = tl.where(valid, scale * tl.fma(x - mean, slope, dz - mean_dz), 0.0)

@@ -75,7 +75,7 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> Strides | None:
         elif stride != inner * covered:
             return None
         covered *= size
-    return Strides(strides[0], strides[1], inner)
+    return Strides(strides[0], strides[1] if shape[1] > 1 else 0, inner)
 
 
 def merge(samples: int, spatial: int, views: Sequence[Strides]) -> tuple[int, int, list[Strides]]:
@@ -132,7 +132,7 @@ def choose(shape: Shape, kind: str, itemsize: int, sms: int, light: bool = False
     """
     sizes = [(8, THREAD_BYTES), (4, THREAD_BYTES), (4, THREAD_BYTES // 2)]
     if light:
-        sizes = [(8, THREAD_BYTES // 2), (4, THREAD_BYTES // 2)]
+        sizes = [(4, THREAD_BYTES // 2)]
     for warps, thread_bytes in sizes:
         block_c, block_i = _best_block(shape, kind, itemsize, warps * 32 * thread_bytes // itemsize)
         groups = _cdiv(shape.columns, block_c)
