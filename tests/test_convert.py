@@ -217,7 +217,7 @@ def test_compiled_and_scripted_models_are_refused() -> None:
     compiled = model()
     compiled.compile(backend="eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch advises against TorchScript; models in it remain
+        warnings.simplefilter("ignore")  # torch advises against TorchScript; models in it remain
         scripted = torch.jit.trace(model().eval(), torch.randn(2, 3, 4, 4))
     for net, advice in (
         (torch.compile(model(), backend="eager"), "compile"),

@@ -84,8 +84,8 @@ def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
         block = flat[at]
         d = scratch.like(block).copy_(block)
         _drop_(d, drop, at)
-        total[part] += d.sum(layout.dims)
-        total_sq[part] += d.mul_(d).sum(layout.dims)
+        total[part].add_(d.sum(layout.dims))
+        total_sq[part].add_(d.mul_(d).sum(layout.dims))
     sums[-1] = x.numel() // channels if mask is None else mask.sum()
     return sums
 
@@ -125,8 +125,8 @@ def grad_sums(
         dz = call.dz(at, part)
         centred = call.centred(at, part, scratch.like(dz))
         _drop_(centred, call.drop, at)
-        sum_dz[part] += dz.sum(dims)
-        sum_dz_xhat[part] += centred.mul_(dz).sum(dims)
+        sum_dz[part].add_(dz.sum(dims))
+        sum_dz_xhat[part].add_(centred.mul_(dz).sum(dims))
     sum_dz_xhat *= invstd
     return dsums, *parameter_grads(dsums, epilogue)
 

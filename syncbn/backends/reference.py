@@ -87,8 +87,7 @@ def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> 
     assert factor is not None, "checks.py requires a momentum or a counter"
     unbiased = var * (count / (count - 1).clamp_min(1))
     for buffer, new, moves in ((running.mean, mean, count > 0), (running.var, unbiased, count > 1)):
-        old = buffer.double()
-        buffer.copy_(torch.where(moves, old + factor * (new - old), old))
+        buffer.copy_(torch.lerp(buffer.double(), new, factor * moves.double()))
 
 
 def activate_(z: Tensor, activation: str | None) -> Tensor:
