@@ -3,6 +3,7 @@
 TRITON_INTERPRET decides when triton is imported, once for a process; the tests' own has perhaps imported it already.
 """
 
+import importlib.metadata
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ class Interpreter:
     """`run(fn, *args)` is fn(*args) in that process; what it raises is raised here, with its traceback."""
 
     def __init__(self) -> None:
+        old_triton, old_numpy = (_version(name) < limit for name, limit in (("triton", (3, 7)), ("numpy", (2, 4))))
+        if old_triton and not old_numpy:
+            pytest.skip("the interpreter of Triton before 3.7 has no range() with numpy 2.4 or later")
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
@@ -56,8 +61,13 @@ class Interpreter:
         self._connection.close()
 
 
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
 def _serve(connection: Connection) -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.6's own, for range()
     torch.set_num_threads(1)
     UNIT[torch.bfloat16] = CUT_BFLOAT16
     while True:
