@@ -74,7 +74,8 @@ def normalize(
         return y.copy_(z), mean, invstd
     if running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()):
         return _with_contiguous_running(x, sums, epilogue, eps, running)
-    mean, invstd = torch.empty((2, x.shape[1]), dtype=compute_dtype(x.dtype), device=x.device)
+    mean = torch.empty(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
+    invstd = torch.empty_like(mean)
     semaphores = workspace(x.device, 1, 1)[1] if cumulative else None
     buffers = (running_mean, running_var, tracked, semaphores)
     pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, y, mean, invstd)
