@@ -25,8 +25,8 @@ class Converter(NamedTuple):
 
 
 _converters: dict[type, Converter] = {}
-_registered: weakref.WeakKeyDictionary[nn.Module, type] = weakref.WeakKeyDictionary()
-"""The class from which a registered converter made a layer."""
+_ORIGIN = "_converted_from"
+"""On a layer that a registered converter made, the class it was made from; copies and pickles keep it."""
 reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 """Why the last conversion left a layer as it was, for the report."""
 
@@ -123,8 +123,7 @@ def plain(module: M) -> Iterator[M]:
     try:
         yield cast(M, root)
     finally:
-        for old, new, cls in replaced:
-            _registered[old] = cls
+        for old, new in replaced:
             root = swap.replace(root, new, old.train(new.training))
         for layer, cls, attributes in before:
             if type(layer) is not cls:
@@ -145,7 +144,7 @@ def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | No
     cls = type(layer)
     if cls in _converters:
         new = _converters[cls].to_sync(layer, process_group)
-        _registered[new] = cls
+        new.__dict__[_ORIGIN] = cls
         return swap.replace(root, layer, new)
     swap.change_class(layer, swap.sync_class)
     if process_group is not None:
@@ -153,26 +152,30 @@ def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | No
     return root
 
 
-def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Module, type]]]:
-    """The root, and what registered converters put in whose place, of which class."""
+def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Module]]]:
+    """The root, and which layer a registered converter gave way to which."""
     swap.refuse_wrapped(module)
-    layers = []
+    layers, origins = [], []
     for name, layer in module.named_modules():
-        if isinstance(layer, SyncBatchNorm) or swap.is_foreign_sync(layer):
-            if layer in _registered:
-                continue
+        if _ORIGIN in layer.__dict__:
+            if layer.__dict__[_ORIGIN] not in _converters:
+                raise TypeError(_unknown_text(name, layer))
+            origins.append(layer)
+        elif isinstance(layer, SyncBatchNorm) or swap.is_foreign_sync(layer):
             refusal = swap.why_not_plain(layer)
             if refusal is not None:
                 raise TypeError(f"{refusal} Got {type(layer).__qualname__} at {_shown(name)}.")
             layers.append(layer)
-    for layer in layers:
-        swap.make_plain(layer)
     root, replaced = module, []
-    for old in [layer for layer in module.modules() if layer in _registered]:
-        cls = _registered.pop(old)
-        new = _converters[cls].to_plain(old)
-        replaced.append((old, new, cls))
+    for old in origins:
+        new = _converters[old.__dict__[_ORIGIN]].to_plain(old)
+        new.__dict__.pop(_ORIGIN, None)
+        replaced.append((old, new))
         root = swap.replace(root, old, new)
+    remaining = set(root.modules())  # without what was inside of a replaced layer
+    for layer in layers:
+        if layer in remaining:
+            swap.make_plain(layer)
     return root, replaced
 
 

@@ -59,7 +59,12 @@ def test_a_registered_converter_swaps_its_class() -> None:
     assert type(net["a"]) is Squared
     assert net["a"] is net["b"][0]
     assert torch.equal(net["a"](x), right)
-    assert type(syncbn.convert_sync_batchnorm(Squared(3))) is SyncSquared
+    root = syncbn.convert_sync_batchnorm(Squared(3))
+    assert type(root) is SyncSquared
+    assert type(syncbn.revert_sync_batchnorm(copy.deepcopy(root))) is Squared
+    convert._converters.clear()
+    with pytest.raises(TypeError, match=r"SyncSquared at the root.*register_converter"):
+        syncbn.revert_sync_batchnorm(root)
 
 
 def test_torchs_sync_layers_are_taken_over() -> None:
