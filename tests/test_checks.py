@@ -127,3 +127,18 @@ def _stranger() -> None:
 def test_a_group_this_rank_is_not_in_is_refused(ranks: RankPool) -> None:
     """A rank outside the group gets an error, the ranks inside their result."""
     ranks.run(2, _stranger)
+
+
+def _one_rank_is_wrong() -> torch.Tensor:
+    layer = syncbn.SyncBatchNorm(3)
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="num_features=4"):
+            layer(torch.randn(2, 4, 4))
+    layer(torch.randn(X))
+    return layer.running_mean
+
+
+def test_a_rank_that_was_wrong_can_go_on(ranks: RankPool) -> None:
+    """A rank whose call was refused has left the others nothing half-done: its next call meets theirs."""
+    first, second = ranks.run(2, _one_rank_is_wrong)
+    assert torch.equal(first, second)
