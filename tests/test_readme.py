@@ -71,6 +71,24 @@ def test_the_norms_table_is_that_of_the_rows() -> None:
         assert line in README
 
 
+def test_the_cpu_figures_are_those_of_the_rows() -> None:
+    """The ratios that README gives for the layer on CPU are the extremes of the committed rows."""
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/layer-amd-epyc-2-cores.csv").read_text().splitlines()))
+    ms: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["ranks"] == "2" and row["pass"] == "both":
+            ms.setdefault((row["dtype"], row["shape"], row["layout"]), {})[row["variant"]] = float(row["ms"])
+    composed = [m["syncbn"] / m["naive_sync"] for m in ms.values()]
+    assert f"takes {min(composed):.2f} to {max(composed):.2f} times as long" in README
+    assert f"less on {sum(ratio < 1 for ratio in composed)} of the {len(composed)}." in README
+    for dtype, words in (
+        ("float32", "takes {:.2f} to {:.2f} times as long as"),
+        ("bfloat16", "{:.2f} to {:.2f} times in"),
+    ):
+        alone = [m["syncbn_alone"] / m["nn.BatchNorm"] for key, m in ms.items() if key[0] == dtype]
+        assert words.format(min(alone), max(alone)) in README
+
+
 def test_commands_exist() -> None:
     """The scripts README names are there."""
     named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", README))
