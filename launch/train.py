@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from data import Data, crop_and_flip, load
 from model import NORMS, build
-from ranks import Rank, fail, join, machine_name
+from ranks import Rank, fail, join, leave, machine_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -77,6 +77,13 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     me = join()
+    run(data, args, me)
+    if me.backend is not None:
+        leave()
+
+
+def run(data: Data, args: argparse.Namespace, me: Rank) -> None:
+    """Build, train, save."""
     torch.manual_seed(args.seed)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = build(args.norm, data.train_images.shape[1]).to(me.device, memory_format=layout)
@@ -91,8 +98,6 @@ def main() -> None:
     if me.rank == 0 and args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), args.save)
-    if me.backend is not None:
-        dist.destroy_process_group()
 
 
 def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> None:
