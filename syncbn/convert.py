@@ -77,7 +77,7 @@ def convert_sync_batchnorm(
         raise ValueError(f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}.")
     swap.refuse_wrapped(module)
     chosen = _chooser(only)
-    todo, left = [], {}
+    wanted, left = [], {}
     for name, layer in module.named_modules():
         if not isinstance(layer, _BatchNorm) and type(layer) not in _converters:
             continue
@@ -87,12 +87,12 @@ def convert_sync_batchnorm(
                 raise TypeError(_unknown_text(name, layer))
             reason = "its forward is its own"
         if reason is None:
-            todo.append(layer)
+            wanted.append(layer)
         else:
             left[layer] = reason
     reasons.update(left)
     root: nn.Module = module
-    for layer in todo:
+    for layer in wanted:
         reasons.pop(layer, None)
         root = _make_sync(root, layer, process_group)
     return cast(M, root)
