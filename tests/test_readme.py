@@ -68,7 +68,9 @@ def test_the_norms_table_is_that_of_the_rows() -> None:
         loss = statistics.mean(float(row["loss"]) for row in rows if row["norm"] == norm)
         assert len(accuracy) == 3
         ms = statistics.mean(float(row["ms_per_step"]) for row in rows if row["norm"] == norm)
-        line = f"| {name} | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | {loss:.3f} | {ms:.0f} |"
+        line = (
+            f"| {name} | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | {loss:.3f} | {ms:.0f} |"
+        )
         assert line in README
 
 
