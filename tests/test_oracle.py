@@ -161,7 +161,8 @@ def test_half_modules_count_beyond_the_largest_float16(ranks: RankPool, case: Ca
         Case(shapes, layout=layout, residual=True, activation="silu")
         for shapes in (((2, 3, 400, 500),), ((9, 700, 60),), ((300000, 2),), ((1, 2, 300000),))
         for layout in ("contiguous", "channels_last")
-    )
+    ),
+    *(Case(((2, 3, 700, 800),), layout=layout) for layout in ("contiguous", "channels_last")),
 )
 def test_inputs_larger_than_a_block(ranks: RankPool, case: Case) -> None:
     """Inputs that are worked on in several blocks, split along any dimension, are exact."""

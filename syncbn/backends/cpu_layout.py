@@ -54,24 +54,18 @@ class Layout:
     def per_channel(self, t: Tensor) -> Tensor:
         return t if self.rows else t.view(-1, 1)
 
-    def blocks(self, most_rows: int = BLOCK) -> Iterator[Block]:
-        """Contiguous pieces of at most BLOCK elements for each thread, in a fixed order.
-
-        most_rows: rows of a piece at most, where they are added up one by one; of a plane 16 times as many pixels,
-        as they go into the lanes of a vector.
-        """
+    def blocks(self) -> Iterator[Block]:
+        """Contiguous pieces of at most BLOCK elements for each thread, in a fixed order."""
         limit = BLOCK * torch.get_num_threads()
         samples, channels, pixels = self.sizes
         if self.rows:
             every = slice(None)
-            for rows in _ranges(samples * pixels, min(limit // channels, most_rows)):
+            for rows in _ranges(samples * pixels, limit // channels):
                 yield Block((rows, every), every)
             return
-        step = min(limit, 16 * most_rows)
-        whole = limit if pixels <= step else 1  # a part of a plane is contiguous alone
-        for n in _ranges(samples, whole // max(1, channels * pixels)):
-            for c in _ranges(channels, whole // max(1, pixels)):
-                for s in _ranges(pixels, step):
+        for n in _ranges(samples, limit // max(1, channels * pixels)):
+            for c in _ranges(channels, limit // max(1, pixels)):
+                for s in _ranges(pixels, limit):
                     yield Block((n, c, s), c)
 
 
