@@ -1,5 +1,6 @@
 """The kernels' machine code, compiled without a device: registers, spills, vectors."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,14 +20,19 @@ SCALAR_REGISTERS = 255
 """Where vectors do not fit, each value has an address and a predicate of its own; the most there are."""
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
+def compiled(*targets: str) -> list[dict[str, Any]]:
     """One row a kernel and target; in a process of its own, since Triton may be interpreting in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.gpu_compile"]
+    command = [sys.executable, "-W", "error", "-m", "tests.gpu_compile", *targets]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """The kernels for sm_80, sm_90 and sm_100."""
+    return compiled()
 
 
 def test_every_kernel_is_compiled_for_every_target(rows: list[dict[str, Any]]) -> None:
@@ -51,3 +57,12 @@ def test_streaming_loops_use_full_vectors(rows: list[dict[str, Any]]) -> None:
     """In the main layouts every global access of the streaming loops is of 128 bits, and there are some."""
     main = [row for row in rows if row["main"]]
     assert [row for row in main if not 0 < row["accesses"] == row["wide"]] == []
+
+
+def test_amd() -> None:
+    """For gfx942 (MI300) every call's four kernels compile, with nothing spilled and within the same registers."""
+    if importlib.util.find_spec("triton.backends.amd") is None:
+        pytest.skip("this Triton has no AMD compiler")
+    rows = compiled("gfx942")
+    assert len(rows) == 4 * len({row["call"] for row in rows}) > 4
+    assert [row for row in rows if row["local"] > 0 or row["registers"] > REGISTERS] == []
