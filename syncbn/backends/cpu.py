@@ -1,4 +1,4 @@
-"""ATen operations, in as few passes as exactness allows; equal to the reference, several times faster.
+"""ATen operations, in as few passes as exactness allows; the same numbers as the reference, to rounding.
 
 ATen's own batch norm kernel does the affine passes; x·a + b loses |a·x|·2⁻²⁴, which would make noise of a constant
 channel, so y is made of x − mean. Its kernel for the sums of the backward is not used: it adds up in one float32 a row
