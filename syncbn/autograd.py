@@ -4,20 +4,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from syncbn import comm
+from syncbn import comm, composed, recompute
 from syncbn.backends import Epilogue, Running, select
 
 
 class Options(NamedTuple):
-    """What a call fixes besides its tensors; group None means that this rank is alone."""
+    """What a call fixes besides its tensors; group None means that this rank is alone.
+
+    recorded is the grad mode of the caller, which an autograd.Function's forward cannot see.
+    """
 
     eps: float
     activation: str | None
     group: ProcessGroup | None
     running: Running | None
+    recorded: bool = True
 
 
 class NormalizeBatch(torch.autograd.Function):
@@ -39,21 +42,30 @@ class NormalizeBatch(torch.autograd.Function):
     ) -> Tensor:
         backend = select(x)
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        sums_local = backend.batch_sums(x, mask)
-        sums = comm.all_sum(sums_local, options.group)
-        y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, options.running)
+
+        def take_sums() -> Tensor:
+            sums_local = backend.batch_sums(x, mask)
+            return comm.all_sum(sums_local, options.group)
+
+        with recompute.hidden():
+            sums, are_new = recompute.sums_once(take_sums, x.shape[1], options.recorded)
+            running = options.running if are_new else None
+            y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, running)
         ctx.options, ctx.backend = options, backend
         kept = residual if options.activation is not None else None  # only z's sign or value needs it again
-        ctx.save_for_backward(x, weight, bias, kept, mask, mean, invstd, sums[-1:])
+        ctx.save_for_backward(x, weight, bias, kept, mask, mean, invstd, sums)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mask, mean, invstd, count = ctx.saved_tensors
+        x, weight, bias, residual, mask, mean, invstd, sums = ctx.saved_tensors
         backend, options = ctx.backend, ctx.options
         needs_dx, needs_dweight, needs_dbias, needs_dresidual, *_ = ctx.needs_input_grad
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated in turn
+            group_name, needed = comm.name_of(options.group), ctx.needs_input_grad[:4]
+            grads = composed.gradients(dy, x, epilogue, options.eps, group_name, sums, needed)
+            return *grads, None, None
         dsums = dweight = dbias = dx = dresidual = None
         if needs_dx or needs_dweight or needs_dbias:
             dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
@@ -62,6 +74,6 @@ class NormalizeBatch(torch.autograd.Function):
         if needs_dresidual and options.activation is None and mask is None:
             dresidual, needs_dresidual = dy, False
         if needs_dx or needs_dresidual:
-            dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual)
+            dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], needs_dresidual)
             dresidual = dz if needs_dresidual else dresidual
         return dx, dweight, dbias, dresidual, None, None

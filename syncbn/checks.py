@@ -114,7 +114,7 @@ def check_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
     """The peers to synchronise with, None when alone."""
-    dimensions = getattr(process_group, "ndim", 1)
+    dimensions = comm.dimensions_of(process_group)
     if dimensions != 1:
         raise ValueError(
             f"A DeviceMesh to synchronise over must have one dimension; got {dimensions}. "

@@ -4,6 +4,7 @@ No process group, an uninitialised one and a group of one are the same case: the
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointPolicy
 
 Group = ProcessGroup | DeviceMesh
 """What a process_group argument may be; a mesh must have one dimension."""
@@ -36,11 +38,37 @@ def peers(process_group: Group | None) -> ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def dimensions_of(process_group: Group | None) -> int:
+    """Of a mesh; a group is a line."""
+    return process_group.ndim if isinstance(process_group, DeviceMesh) else 1
+
+
+def name_of(group: ProcessGroup | None) -> str | None:
+    """The group as a tracer can hold it."""
+    return None if group is None else group.group_name
+
+
 def all_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum over the ranks of `peers`' answer, in place; every rank gets the same bits."""
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums
+
+
+def functional_sum(sums: Tensor, group_name: str) -> Tensor:
+    """`all_sum` into a new tensor, by operations that can be traced; what they give is kept, never summed again.
+
+    Of what is written to a graph inside of a checkpointed region, a compiler recomputes all but what is marked so.
+    """
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # whoever is writing a graph just now
+    before = 0 if mode is None else len(mode.tracer.graph.nodes)
+    functional = torch.ops._c10d_functional
+    summed: Tensor = functional.wait_tensor(functional.all_reduce(sums.contiguous(), "sum", group_name))
+    if mode is not None:
+        nodes = mode.tracer.graph.nodes
+        for node in itertools.islice(reversed(nodes), len(nodes) - before):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return summed
 
 
 def new_group(scope: int | str) -> ProcessGroup | None:

@@ -1,13 +1,12 @@
 """The layer as a function: what is checked, and which of the three ways a call goes."""
 
 import torch
-import torch._compile
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import checks, comm
+from syncbn import checks, comm, composed
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Running
+from syncbn.backends import Epilogue, Running
 from syncbn.backends.reference import activate_
 
 
@@ -80,19 +79,12 @@ def sync_batch_norm(
     group = checks.check_group(process_group) if training else None
     if mask is None:
         checks.check_batch_size(input, group)
-    options = Options(eps, activation, group, running)
-    apply = _apply_uncompiled if torch.compiler.is_compiling() else _apply
-    return apply(input, weight, bias, residual, mask, options)
-
-
-def _apply(*arguments: Tensor | Options | None) -> Tensor:
-    y: Tensor = NormalizeBatch.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+    if composed.is_needed(input):
+        epilogue = Epilogue(weight, bias, residual, mask, activation)
+        return composed.normalize_batch(input, epilogue, eps, comm.name_of(group), running)
+    options = Options(eps, activation, group, running, torch.is_grad_enabled())
+    y: Tensor = NormalizeBatch.apply(input, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     return y
-
-
-# torch.compile leaves the layer to eager execution: a graph with its collective and its moving buffers needs operators
-# of their own. The public torch.compiler.disable would import the compiler for everyone, this one on first use.
-_apply_uncompiled = torch._compile._disable_dynamo(_apply)
 
 
 def _normalize_eval(

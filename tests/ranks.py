@@ -68,6 +68,23 @@ class RankPool:
         self._ranks = []
 
 
+class Collectives:
+    """Within it, the collectives that this rank starts on the default group; the group counts them itself, so that
+    none escapes, whether Python, a compiled graph or the autograd engine starts it.
+    """
+
+    def __enter__(self) -> "Collectives":
+        self._before = _started()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.count = _started() - self._before
+
+
+def _started() -> int:
+    return dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+
+
 def _start(rank: int) -> tuple[Any, Connection]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()

@@ -1,10 +1,7 @@
 """The function: its eval paths and the gradient's reach."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import syncbn
@@ -114,30 +111,3 @@ def test_gradients_of_any_subset(batch: tuple[torch.Tensor, ...], needs: str, ac
     every, some = grads(list(tensors)), grads(needs.split())
     assert sorted(some) == sorted(needs.split())
     assert all(torch.equal(some[k], every[k]) for k in some)
-
-
-def test_second_derivative_says_that_there_is_none(batch: tuple[torch.Tensor, ...]) -> None:
-    """Differentiating twice is refused, instead of giving a wrong number."""
-    x = batch[0].requires_grad_()
-    (dx,) = torch.autograd.grad(sync_batch_norm(x, None, None, training=True).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own looking at .grad where a graph was cut
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_trains_as_the_eager_one(backend: str) -> None:
-    """Under torch.compile the layer runs eagerly between the graphs: same bits, buffers and counter."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
-    syncbn.convert_sync_batchnorm(net)
-    eager = copy.deepcopy(net)
-    compiled = torch.compile(net, backend=backend)
-    for _ in range(2):
-        x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)
-        y, right = compiled(x), eager(x)
-        assert torch.equal(y, right)
-        y.backward(dy)
-        right.backward(dy)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), eager.state_dict().values(), strict=True))
-    torch.testing.assert_close(net[0].weight.grad, eager[0].weight.grad)
-    assert torch.equal(compiled.eval()(x), eager.eval()(x))

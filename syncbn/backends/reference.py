@@ -9,8 +9,8 @@ from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
 
 def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[Σx (C), Σx² (C), count]; the square of a float32 is exact in float64, so nothing cancels before the wire."""
-    x64 = _masked(x.double(), mask)
-    dims = _reduced(x)
+    x64 = masked(x.double(), mask)
+    dims = reduced(x)
     count = x.numel() // x.shape[1] if mask is None else mask.sum()
     count64 = torch.as_tensor(count, dtype=torch.float64, device=x.device)
     return torch.cat([x64.sum(dims), x64.square().sum(dims), count64.reshape(1)])
@@ -25,8 +25,8 @@ def normalize(
         move_running(running, mean64, var64, count)
     dtype = compute_dtype(x.dtype)
     mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt().to(dtype)
-    z = _pre_activation(x, mean, invstd, epilogue)
-    y = _masked(activate_(z, epilogue.activation), epilogue.mask)
+    z = pre_activation(x, mean, invstd, epilogue)
+    y = masked(activate_(z, epilogue.activation), epilogue.mask)
     return torch.empty_like(x).copy_(y), mean, invstd
 
 
@@ -35,8 +35,8 @@ def grad_sums(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
     dz = _grad_pre_activation(dy, x, mean, invstd, epilogue)
-    xhat = _masked((x.to(mean.dtype) - _along(mean, x)) * _along(invstd, x), epilogue.mask)
-    dims = _reduced(x)
+    xhat = masked((x.to(mean.dtype) - along(mean, x)) * along(invstd, x), epilogue.mask)
+    dims = reduced(x)
     dsums = torch.cat([dz.sum(dims, dtype=torch.float64), (dz * xhat).sum(dims, dtype=torch.float64)])
     return dsums, *parameter_grads(dsums, epilogue)
 
@@ -56,10 +56,10 @@ def grad_input(
     dx = dresidual = None
     if dsums is not None:
         mean_dz, mean_dz_xhat = (dsums / count.clamp_min(1)).to(mean.dtype).chunk(2)
-        xhat = (x.to(mean.dtype) - _along(mean, x)) * _along(invstd, x)
-        centred = dz - _along(mean_dz, x) - xhat * _along(mean_dz_xhat, x)
-        scale = _along(scale_of(invstd, epilogue.weight), x)
-        dx = torch.empty_like(x).copy_(_masked(centred * scale, epilogue.mask))
+        xhat = (x.to(mean.dtype) - along(mean, x)) * along(invstd, x)
+        centred = dz - along(mean_dz, x) - xhat * along(mean_dz_xhat, x)
+        scale = along(scale_of(invstd, epilogue.weight), x)
+        dx = torch.empty_like(x).copy_(masked(centred * scale, epilogue.mask))
     if needs_dresidual:
         dresidual = torch.empty_like(x).copy_(dz)
     return dx, dresidual
@@ -124,32 +124,32 @@ def scale_of(invstd: Tensor, weight: Tensor | None) -> Tensor:
     return invstd if weight is None else invstd * weight.to(invstd.dtype)
 
 
-def _pre_activation(x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue) -> Tensor:
+def pre_activation(x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue) -> Tensor:
     """z; forward and backward round alike, so that a unit is cut in both or in neither."""
     weight, bias, residual, *_ = epilogue
-    z = (x.to(mean.dtype) - _along(mean, x)) * _along(scale_of(invstd, weight), x)
+    z = (x.to(mean.dtype) - along(mean, x)) * along(scale_of(invstd, weight), x)
     if bias is not None:
-        z = z + _along(bias.to(z.dtype), x)
+        z = z + along(bias.to(z.dtype), x)
     return z if residual is None else z + residual.to(z.dtype)
 
 
 def _grad_pre_activation(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue) -> Tensor:
     """dz, 0 where masked out."""
-    dz = _masked(dy.to(mean.dtype), epilogue.mask)
+    dz = masked(dy.to(mean.dtype), epilogue.mask)
     if epilogue.activation is None:
         return dz
-    z = _masked(_pre_activation(x, mean, invstd, epilogue), epilogue.mask)
+    z = masked(pre_activation(x, mean, invstd, epilogue), epilogue.mask)
     return activation_grad(dz, z, epilogue.activation)
 
 
-def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
+def masked(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else torch.where(mask.unsqueeze(1), t, 0)
 
 
-def _along(per_channel: Tensor, x: Tensor) -> Tensor:
+def along(per_channel: Tensor, x: Tensor) -> Tensor:
     """(C) as (1, C, 1, …), to broadcast over x."""
     return per_channel.view(1, -1, *(1,) * (x.ndim - 2))
 
 
-def _reduced(x: Tensor) -> list[int]:
+def reduced(x: Tensor) -> list[int]:
     return [dim for dim in range(x.ndim) if dim != 1]

@@ -1,0 +1,176 @@
+"""The layer as differentiable arithmetic, for whoever looks inside: a compiler, an exporter, a higher derivative.
+
+    sums = all_sum([Σx, Σx², count])     mean, invstd from sums     y = activation(x̂·weight + bias + residual)
+
+These are operations that a tracer takes down one by one and autograd differentiates as often as it likes. The one
+collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from syncbn import comm
+from syncbn.backends import Epilogue, Running, compute_dtype
+from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
+
+
+def is_needed(x: Tensor) -> bool:
+    """Whether x is traced, transformed by torch.func, in forward-mode AD, without storage or of another class."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or x.is_meta
+    )
+
+
+def normalize_batch(
+    x: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    group_name: str | None,
+    running: Running | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """y, differentiable; moves the running statistics, if given. Without a group this rank is alone.
+
+    known is the sums of all ranks where they were summed before; then gradients alone are communicated.
+    """
+    weight, bias, residual, mask, activation = epilogue
+    x, residual = masked(x, mask), None if residual is None else masked(residual, mask)
+    sums = batch_sums(x, mask)
+    if group_name is not None:
+        compiling = torch.compiler.is_compiling()
+        sums = (torch.ops.syncbn.all_sum if compiling else _all_sum)(sums, group_name, 1, known)
+    mean64, var64, count = moments(sums)
+    if running is not None:
+        _move(running, mean64.detach(), var64.detach(), count.detach())
+    dtype = compute_dtype(x.dtype)
+    mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt().to(dtype)
+    z = pre_activation(x, mean, invstd, Epilogue(weight, bias, residual))
+    return masked(activate_(z, activation), mask).to(x.dtype)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    group_name: str | None,
+    known: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """dx, dweight, dbias, dresidual where needed, each differentiable in dy and everything that y depends on."""
+    given = (x, epilogue.weight, epilogue.bias, epilogue.residual)
+    # Aliases, each with a place of its own in the graph: one tensor may be given twice, and has a graph behind it.
+    alias = [None if t is None else t.view_as(t) for t in given]
+    assert alias[0] is not None, "x is always given"
+    weight, bias, residual = alias[1:]
+    aliased = epilogue._replace(weight=weight, bias=bias, residual=residual)
+    y = normalize_batch(alias[0], aliased, eps, group_name, None, known)
+    wanted = [t for t, need in zip(alias, needed, strict=True) if t is not None and need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    found = [next(grads) if t is not None and need else None for t, need in zip(alias, needed, strict=True)]
+    if needed[3] and epilogue.residual is None:  # not kept, since without an activation its gradient is dz = dy
+        found[3] = masked(dy, epilogue.mask)
+    return found
+
+
+def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[Σx (C), Σx² (C), count] of x, 0 where masked out; of at most float32 from sums of x − k.
+
+    Added up in float64 where that is cheap: a compiled CPU kernel adds up in few lanes.
+    """
+    dims, per_channel = reduced(x), x.numel() // x.shape[1]
+    count = torch.full((1,), per_channel, dtype=torch.float64, device=x.device) if mask is None else mask.sum().double()
+    if mask is not None or x.dtype == torch.float64:
+        wide = x.double()
+        return _packed(torch.cat([wide.sum(dims), wide.square().sum(dims)]), count)
+    accumulator = torch.float64 if x.device.type == "cpu" else torch.float32
+    k = _pivot(x.detach(), dims)
+    d = x.float() - along(k, x)
+    total, total_sq = (t.sum(dims, dtype=accumulator).double() for t in (d, d.square()))
+    k = k.double()
+    return _packed(torch.cat([total + count * k, total_sq + 2 * k * total + count * k.square()]), count)
+
+
+def _packed(sums: Tensor, count: Tensor) -> Tensor:
+    """[sums, count], not by cat: Inductor (torch 2.11 to 2.15) computes the inputs of a cat inside of it and reduces
+    over the ranks in place, so that a count which another layer shares would become that of all ranks.
+    """
+    return F.pad(sums, (0, 1)) + F.pad(count.view(1), (sums.shape[0], 0))
+
+
+def _pivot(x: Tensor, dims: list[int]) -> Tensor:
+    """k (C) near the mean: that of an eighth of x, which is within 2.7 standard deviations of it whatever x holds."""
+    few = x[::8] if x.ndim == 2 else x[:, :, : (x.shape[2] + 7) // 8]
+    return few.sum(dims, dtype=torch.float32) / max(1, few.numel() // few.shape[1])
+
+
+def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    if torch._C._are_functorch_transforms_active():
+        _MoveRunning.apply(running, mean, var, count)  # type: ignore[no-untyped-call]  # torch's own
+    else:
+        move_running(running, mean, var, count)
+
+
+class _AllSum(torch.autograd.Function):
+    """The sums of all ranks, or `known`, which they are; the last `tail` of them have no gradient and send none."""
+
+    @staticmethod
+    def forward(sums: Tensor, group_name: str, tail: int, known: Tensor | None) -> Tensor:
+        return comm.functional_sum(sums, group_name) if known is None else known.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group_name, ctx.tail, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
+        dsums = _all_sum(dsums[..., : dsums.shape[-1] - ctx.tail], ctx.group_name, 0, None)
+        return F.pad(dsums, (0, ctx.tail)), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _all_sum(tangent, ctx.group_name, ctx.tail, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], sums: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        """One collective for all of them."""
+        return _all_sum(sums.movedim(in_dims[0] or 0, 0), *rest), 0
+
+
+def _all_sum(sums: Tensor, group_name: str, tail: int, known: Tensor | None) -> Tensor:
+    summed: Tensor = _AllSum.apply(sums, group_name, tail, known)  # type: ignore[no-untyped-call]  # torch's own
+    return summed
+
+
+# An operator for torch.compile, whose tracer takes no autograd.Function with a jvp: it writes the call down, and what
+# comes after it takes the operator apart into the function.
+_library = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]  # torch's own, as below
+_library.define("all_sum(Tensor sums, str group_name, int tail, Tensor? known) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("all_sum", _all_sum, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+class _MoveRunning(torch.autograd.Function):
+    """`move_running` below the level of torch.func's transforms, which refuse to write to what they did not wrap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(running: Running, *statistics: Tensor) -> Tensor:
+        move_running(running, *statistics)
+        return statistics[0].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: None) -> None:
+        return None

@@ -1,0 +1,163 @@
+"""Activation checkpointing: a recomputation takes the sums that the first pass took, and takes none again.
+
+A checkpointed region runs twice, in the forward pass and again in the backward pass. While it runs, it is found
+    use_reentrant=False   behind the saved-tensor hooks, as the checkpoint's frame,
+    use_reentrant=True    on the Python stack, as the ctx of a CheckpointFunction, torch's or another library's.
+The sums of its calls, each of the size of C, hang on that frame or ctx in the order of the calls, and go with it.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.utils import _python_dispatch
+
+_SEEN = contextlib.nullcontext()
+
+
+class _Pass(NamedTuple):
+    """A region that is running, for the first time if recomputation is None, else as that one of its recomputations."""
+
+    region: Any
+    recomputation: object
+
+
+class _Record:
+    """The sums of a region's calls in order, and how far its newest recomputation has come."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        self.recomputation: object = None
+        self.at = 0
+
+    def recall(self, recomputation: object) -> Tensor | None:
+        """The sums of the recomputation's next call; None if the first pass made no such call."""
+        if self.recomputation != recomputation:
+            self.recomputation, self.at = recomputation, 0
+        self.at += 1
+        return self.sums[self.at - 1] if self.at <= len(self.sums) else None
+
+
+def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tuple[Tensor, bool]:
+    """The sums of all ranks for this call of an autograd.Function's forward, and whether they were taken just now.
+
+    Raises:
+        RuntimeError: where a recomputation makes another call than the first pass did.
+    """
+    first, again = _open_passes(recorded, sys._getframe(2))
+    known = None if again is None else _record_of(again.region).recall(again.recomputation)
+    if known is not None and known.numel() != 2 * channels + 1:
+        raise RuntimeError(
+            "The recomputation of a checkpointed region must make the calls of its first pass, in their order; got "
+            f"{channels} channels where there were {known.numel() // 2}. "
+            "Make the region depend on nothing that changes between forward and backward."
+        )
+    sums = take() if known is None else known
+    for each in first:
+        _record_of(each.region).sums.append(sums)
+    return sums, known is None
+
+
+def hidden() -> contextlib.AbstractContextManager[None]:
+    """Within it, selective checkpointing sees no operation: it counts them, and a recomputation has fewer."""
+    return _hidden() if torch._C._len_torch_dispatch_stack() else _SEEN
+
+
+@contextlib.contextmanager
+def _hidden() -> Iterator[None]:
+    selective = (
+        torch.utils.checkpoint._CachingTorchDispatchMode,
+        torch.utils.checkpoint._CachedTorchDispatchMode,
+    )
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    others = [mode for mode in modes if not isinstance(mode, selective)]
+    if len(others) == len(modes):
+        yield
+        return
+    _replace_modes(modes, others)
+    try:
+        yield
+    finally:
+        _replace_modes(others, modes)
+
+
+def _replace_modes(now: list[Any], then: list[Any]) -> None:
+    for _ in now:
+        _python_dispatch._pop_mode()
+    for mode in then:
+        _python_dispatch._push_mode(mode)
+
+
+def _record_of(region: Any) -> _Record:
+    record: _Record = vars(region).setdefault("_syncbn", _Record())
+    return record
+
+
+def _open_passes(recorded: bool, caller: FrameType) -> tuple[list[_Pass], _Pass | None]:
+    """The innermost recomputation that is running, and the first passes that are running within it (or at all).
+
+    A recomputation among the hooks is within one on the stack: that one is waiting for its saved tensors or its
+    gradients.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    stacked = not recorded or torch._C._current_graph_task_id() != -1
+    first, again = _split(_hooked_passes() if hooked else iter(()))
+    if stacked:
+        first_on_stack, again_on_stack = _split(_stacked_passes(caller))
+        first, again = first + first_on_stack, again or again_on_stack
+    return first, again
+
+
+def _split(passes: Iterator[_Pass]) -> tuple[list[_Pass], _Pass | None]:
+    """The first passes up to a recomputation, and that."""
+    first: list[_Pass] = []
+    for each in passes:
+        if each.recomputation is not None:
+            return first, each
+        first.append(each)
+    return first, None
+
+
+def _hooked_passes() -> Iterator[_Pass]:
+    """Of non-reentrant regions, the innermost first."""
+    for pack in _pack_hooks():
+        function = getattr(pack, "_torchdynamo_orig_callable", pack)
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_filename == torch.utils.checkpoint.__file__:
+            behind = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+            if "frame" in behind:
+                yield _Pass(behind["frame"], None)
+            else:
+                yield _Pass(behind["target_frame_ref"](), pack)
+
+
+def _pack_hooks() -> list[Any]:
+    """All that are in force, the innermost first: torch shows the innermost only, so each is lifted for a moment."""
+    autograd = torch._C._autograd
+    lifted = []
+    try:
+        while (hooks := autograd._top_saved_tensors_default_hooks(True)) is not None:
+            autograd._pop_saved_tensors_default_hooks()
+            lifted.append(hooks)
+    finally:
+        for hooks in reversed(lifted):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+    return [pack for pack, _ in lifted]
+
+
+def _stacked_passes(caller: FrameType | None) -> Iterator[_Pass]:
+    """Of reentrant regions, the innermost first, from this frame of the Python stack outwards."""
+    while caller is not None:
+        code = caller.f_code
+        if code.co_name == "unpack_hook" and code.co_filename == torch.utils.checkpoint.__file__:
+            return  # what is further out waits for this non-reentrant recomputation
+        if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
+            ctx = caller.f_locals["ctx"]
+            if type(ctx).__name__ == "CheckpointFunctionBackward":
+                yield _Pass(ctx, None if code.co_name == "forward" else torch._C._current_graph_task_id())
+        caller = caller.f_back
