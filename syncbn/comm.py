@@ -4,7 +4,6 @@ No process group, an uninitialised one and a group of one are the same case: the
 """
 
 import contextlib
-import itertools
 import os
 from collections.abc import Iterator
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import CheckpointPolicy
 
 Group = ProcessGroup | DeviceMesh
 """What a process_group argument may be; a mesh must have one dimension."""
@@ -56,18 +54,9 @@ def all_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def functional_sum(sums: Tensor, group_name: str) -> Tensor:
-    """`all_sum` into a new tensor, by operations that can be traced; what they give is kept, never summed again.
-
-    Of what is written to a graph inside of a checkpointed region, a compiler recomputes all but what is marked so.
-    """
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # whoever is writing a graph just now
-    before = 0 if mode is None else len(mode.tracer.graph.nodes)
+    """`all_sum` into a new tensor, by operations that can be traced."""
     functional = torch.ops._c10d_functional
     summed: Tensor = functional.wait_tensor(functional.all_reduce(sums.contiguous(), "sum", group_name))
-    if mode is not None:
-        nodes = mode.tracer.graph.nodes
-        for node in itertools.islice(reversed(nodes), len(nodes) - before):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return summed
 
 

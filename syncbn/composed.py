@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from syncbn import comm
+from syncbn import comm, recompute
 from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
 
@@ -43,13 +43,10 @@ def normalize_batch(
     """
     weight, bias, residual, mask, activation = epilogue
     x, residual = masked(x, mask), None if residual is None else masked(residual, mask)
-    sums = batch_sums(x, mask)
-    if group_name is not None:
-        compiling = torch.compiler.is_compiling()
-        sums = (torch.ops.syncbn.all_sum if compiling else _all_sum)(sums, group_name, 1, known)
+    sums, are_new = _sums_of_all(batch_sums(x, mask), group_name, known)
     mean64, var64, count = moments(sums)
     if running is not None:
-        _move(running, mean64.detach(), var64.detach(), count.detach())
+        _move(running, mean64.detach(), var64.detach(), count.detach(), are_new)
     dtype = compute_dtype(x.dtype)
     mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt().to(dtype)
     z = pre_activation(x, mean, invstd, Epilogue(weight, bias, residual))
@@ -112,32 +109,55 @@ def _pivot(x: Tensor, dims: list[int]) -> Tensor:
     return few.sum(dims, dtype=torch.float32) / max(1, few.numel() // few.shape[1])
 
 
-def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> None:
+def _sums_of_all(sums: Tensor, group_name: str | None, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
+    if not torch.compiler.is_compiling():
+        return sums if group_name is None else _all_sum(sums, group_name, 1, known), None
+    if recompute.region_is_open():
+        packed = torch.ops.syncbn.all_sum(sums, group_name, 1, None, True)
+        return packed[:-1], packed[-1:].detach()
+    return sums if group_name is None else torch.ops.syncbn.all_sum(sums, group_name, 1), None
+
+
+def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: Tensor | None) -> None:
     if torch._C._are_functorch_transforms_active():
         _MoveRunning.apply(running, mean, var, count)  # type: ignore[no-untyped-call]  # torch's own
-    else:
-        move_running(running, mean, var, count)
+        return
+    move_running(running, mean, var, count if are_new is None else count * are_new)  # an empty batch moves nothing
+    if are_new is not None and running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(are_new.squeeze().to(running.num_batches_tracked.dtype) - 1)
 
 
 class _AllSum(torch.autograd.Function):
-    """The sums of all ranks, or `known`, which they are; the last `tail` of them have no gradient and send none."""
+    """The sums of all ranks, or `known`, which they are; the last `tail` of them have no gradient and send none.
+
+    once: of a graph that may run as a recomputation, the sums are followed by 1 if they are new, else 0.
+    """
 
     @staticmethod
-    def forward(sums: Tensor, group_name: str, tail: int, known: Tensor | None) -> Tensor:
-        return comm.functional_sum(sums, group_name) if known is None else known.clone()
+    def forward(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None, once: bool) -> Tensor:
+        with recompute.kept():
+            if once:
+                found: Tensor = torch.ops.syncbn.all_sum_once(sums, group_name)
+                return found
+            assert group_name is not None, "alone there is nothing to sum"
+            return comm.functional_sum(sums, group_name) if known is None else known.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.group_name, ctx.tail, _ = inputs
+        sums, ctx.group_name, ctx.tail, *_ = inputs
+        ctx.head = sums.shape[-1] - ctx.tail
 
     @staticmethod
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
-        dsums = _all_sum(dsums[..., : dsums.shape[-1] - ctx.tail], ctx.group_name, 0, None)
-        return F.pad(dsums, (0, ctx.tail)), None, None, None
+        dsums = dsums[..., : ctx.head]
+        if ctx.group_name is not None:
+            dsums = _all_sum(dsums, ctx.group_name, 0)
+        return F.pad(dsums, (0, ctx.tail)), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _all_sum(tangent, ctx.group_name, ctx.tail, None)
+        return _all_sum(tangent, ctx.group_name, ctx.tail)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], sums: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -145,16 +165,33 @@ class _AllSum(torch.autograd.Function):
         return _all_sum(sums.movedim(in_dims[0] or 0, 0), *rest), 0
 
 
-def _all_sum(sums: Tensor, group_name: str, tail: int, known: Tensor | None) -> Tensor:
-    summed: Tensor = _AllSum.apply(sums, group_name, tail, known)  # type: ignore[no-untyped-call]  # torch's own
+def _all_sum(
+    sums: Tensor, group_name: str | None, tail: int, known: Tensor | None = None, once: bool = False
+) -> Tensor:
+    summed: Tensor = _AllSum.apply(sums, group_name, tail, known, once)  # type: ignore[no-untyped-call]  # torch's own
     return summed
 
 
-# An operator for torch.compile, whose tracer takes no autograd.Function with a jvp: it writes the call down, and what
-# comes after it takes the operator apart into the function.
+def _all_sum_once(sums: Tensor, group_name: str | None) -> Tensor:
+    def take() -> Tensor:
+        return sums.clone() if group_name is None else comm.functional_sum(sums, group_name)
+
+    found, are_new = recompute.sums_once(take, sums.shape[0] // 2, recorded=False)
+    return F.pad(found, (0, 1), value=float(are_new))
+
+
+# Operators for torch.compile. Its tracer takes no autograd.Function with a jvp, so all_sum is written down as a call,
+# which what comes next takes apart into the function. all_sum_once stays whole, to look around when the graph runs.
 _library = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]  # torch's own, as below
-_library.define("all_sum(Tensor sums, str group_name, int tail, Tensor? known) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "all_sum(Tensor sums, str? group_name, int tail, Tensor? known=None, bool once=False) -> Tensor"
+)
+_library.define("all_sum_once(Tensor sums, str? group_name) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("all_sum", _all_sum, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("all_sum_once", _all_sum_once, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "syncbn::all_sum_once", lambda sums, group_name: sums.new_empty(sums.shape[0] + 1), lib=_library
+)
 
 
 class _MoveRunning(torch.autograd.Function):

@@ -7,6 +7,7 @@ The sums of its calls, each of the size of C, hang on that frame or ctx in the o
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -61,6 +62,27 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tupl
     for each in first:
         _record_of(each.region).sums.append(sums)
     return sums, known is None
+
+
+def region_is_open() -> bool:
+    """Whether a region is running: asked while a graph is made, whose operations will not ask again."""
+    first, again = _open_passes(False, sys._getframe(1))
+    return bool(first) or again is not None
+
+
+region_is_open._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it as it traces
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within it, what is written to a graph is saved for its backward, where a compiled region would recompute it."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # whoever is writing a graph just now
+    before = 0 if mode is None else len(mode.tracer.graph.nodes)
+    yield
+    if mode is not None:
+        nodes = mode.tracer.graph.nodes
+        for node in itertools.islice(reversed(nodes), len(nodes) - before):
+            node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
 
 
 def hidden() -> contextlib.AbstractContextManager[None]:

@@ -1,7 +1,11 @@
 """Running a `Case` through the real layer; the rank side of the oracle."""
 
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import syncbn
 from syncbn import backends
@@ -27,16 +31,25 @@ def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:
     return layer
 
 
+def compiled(module: nn.Module, compiler: str | Callable) -> nn.Module:
+    """torch.compile of the whole module, none of it left to Python; afresh, as in a process of its own."""
+    torch.compiler.reset()
+    for text in ("No CUDA runtime is found", "`torch.jit.script_method` is deprecated"):  # the compiler warns of itself
+        warnings.filterwarnings("ignore", text)
+    return torch.compile(module, fullgraph=True, backend=compiler)
+
+
 def run_case(case: Case, steps: int = 1) -> Outcome:
     """This rank's part, forward and backward; the gradients are those of the last step."""
     call = make_calls(case)[dist.get_rank() if dist.is_initialized() else 0]
     with backends.force(case.backend):
         layer = layer_for(case, call)
+        called = layer if case.compiler is None else compiled(layer, case.compiler)
         for _ in range(steps):
             layer.zero_grad()
             x = call.x.detach().requires_grad_()
             residual = None if call.residual is None else call.residual.detach().requires_grad_()
-            y = layer(x, residual, call.mask)
+            y = called(x, residual, call.mask)
             y.backward(call.dy)
     return Outcome(
         y.detach(),

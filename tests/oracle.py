@@ -40,6 +40,7 @@ class Case:
     track: bool = True
     momentum: float | None = 0.1
     backend: str = "cpu"
+    compiler: str | None = None  # of torch.compile
     seed: int = 0
 
     def __str__(self) -> str:
