@@ -129,6 +129,16 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
         ) from None
 
 
+def check_mapped(x: Tensor, mask: Tensor | None, running_mean: Tensor | None) -> None:
+    """Under torch.vmap, running statistics for each of the batches, unless there are none to move."""
+    if running_mean is not None and not _is_mapped(running_mean) and (_is_mapped(x) or _is_mapped(mask)):
+        raise RuntimeError(
+            "Under torch.vmap every batch has statistics of its own, which one set of running statistics cannot "
+            "follow; got a running_mean that is not mapped over. Pass stacked buffers (torch.func.stack_module_state), "
+            "build the layer with track_running_stats=False, or call eval()."
+        )
+
+
 def check_batch_size(x: Tensor, group: ProcessGroup | None) -> None:
     """More than one value per channel, unless peers may have more."""
     if group is None and x.numel() == x.shape[1]:
@@ -147,3 +157,13 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 def _check_device(x: Tensor, name: str, t: Tensor) -> None:
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of input, {x.device}; got {t.device}. Move one of them.")
+
+
+def _is_mapped(t: Tensor | None) -> bool:
+    """By torch.vmap, at any level of torch.func's transforms."""
+    functorch = torch._C._functorch
+    while t is not None and functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False

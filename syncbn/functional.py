@@ -80,6 +80,8 @@ def sync_batch_norm(
     if mask is None:
         checks.check_batch_size(input, group)
     if composed.is_needed(input):
+        if not torch.compiler.is_compiling():
+            checks.check_mapped(input, mask, running_mean if training else None)
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         return composed.normalize_batch(input, epilogue, eps, comm.name_of(group), running)
     options = Options(eps, activation, group, running, torch.is_grad_enabled())

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,25 @@ def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:
     return layer
 
 
-def compiled(module: nn.Module, compiler: str | Callable) -> nn.Module:
+TORCH_OF_ITSELF = (
+    "No CUDA runtime is found",
+    "`torch.jit.script",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+"""Beginnings of the warnings by which torch's compilers and exporters complain of torch."""
+
+
+def compiled(module: nn.Module | Callable, compiler: str | Callable) -> Any:
     """torch.compile of the whole module, none of it left to Python; afresh, as in a process of its own."""
     torch.compiler.reset()
-    for text in ("No CUDA runtime is found", "`torch.jit.script_method` is deprecated"):  # the compiler warns of itself
-        warnings.filterwarnings("ignore", text)
+    let_torch_warn_of_itself()
     return torch.compile(module, fullgraph=True, backend=compiler)
+
+
+def let_torch_warn_of_itself() -> None:
+    """Where warnings are errors, but for these."""
+    for text in TORCH_OF_ITSELF:
+        warnings.filterwarnings("ignore", text)
 
 
 def run_case(case: Case, steps: int = 1) -> Outcome:

@@ -1,0 +1,156 @@
+"""torch.func and forward-mode AD: gradients, tangents and maps of the layer, across ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+
+import syncbn
+from syncbn.functional import sync_batch_norm
+from tests.cases import let_torch_warn_of_itself
+from tests.oracle import UNIT, error
+from tests.ranks import Collectives, RankPool
+
+EXACT = UNIT[torch.float64]
+
+
+def normalize(x: Tensor) -> Tensor:
+    return sync_batch_norm(x, None, None, training=True, activation="silu")
+
+
+def samples(*shape: int, seed: int = 0) -> Tensor:
+    """Other ones on every rank."""
+    generator = torch.Generator().manual_seed(10 * seed + dist.get_rank())
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _grad(track: bool) -> None:
+    layer = syncbn.SyncBatchNorm(4, track_running_stats=track, activation="silu").double()
+    right = copy.deepcopy(layer)
+    x, dy = (samples(3 + dist.get_rank(), 4, 5, seed=seed) for seed in range(2))
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (functional_call(layer, parameters, (x,)) * dy).sum()
+
+    with Collectives() as collectives:
+        dparameters, dx = grad(loss, argnums=(0, 1))(parameters, x)
+    assert collectives.count == 2
+    leaf = x.clone().requires_grad_()
+    (right(leaf) * dy).sum().backward()
+    assert error(dx, leaf.grad) <= EXACT
+    for name, p in right.named_parameters():
+        assert error(dparameters[name], p.grad) <= EXACT
+    for actual, expected in zip(layer.buffers(), right.buffers(), strict=True):
+        assert error(actual, expected.double()) <= EXACT
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_grad_of_a_functional_call(ranks: RankPool, track: bool) -> None:
+    """torch.func.grad gives autograd's gradients by two collectives, and the running statistics move once."""
+    ranks.run(2, _grad, track)
+
+
+def _tangents() -> None:
+    let_torch_warn_of_itself()
+    x, tangent, cotangent = (samples(3, 4, 5, seed=seed) for seed in range(3))
+    with Collectives() as collectives:
+        _, by_func = jvp(normalize, (x,), (tangent,))
+    assert collectives.count == 2
+    with forward_ad.dual_level():
+        by_dual = forward_ad.unpack_dual(normalize(forward_ad.make_dual(x, tangent))).tangent
+    assert torch.equal(by_dual, by_func)
+    # <J t, v> = <t, Jᵀ v>, each summed over the ranks: v is any cotangent, Jᵀ v the ordinary backward's.
+    leaf = x.clone().requires_grad_()
+    normalize(leaf).backward(cotangent)
+    products = torch.stack([(by_func * cotangent).sum(), (tangent * leaf.grad).sum()])
+    dist.all_reduce(products)
+    assert error(products[0], products[1]) <= EXACT
+
+
+def test_forward_mode(ranks: RankPool) -> None:
+    """A tangent takes two collectives and is the transpose of what the backward computes."""
+    ranks.run(2, _tangents)
+
+
+def _mapped() -> None:
+    xs = samples(6, 3, 4, 5)
+    right, gradients = [], []
+    for x in xs:
+        leaf = x.clone().requires_grad_()
+        right.append(normalize(leaf))
+        right[-1].pow(2).sum().backward()
+        gradients.append(leaf.grad)
+    with Collectives() as collectives:
+        mapped = vmap(normalize)(xs)
+    assert collectives.count == 1
+    assert error(mapped, torch.stack(right).detach()) <= EXACT
+    assert error(vmap(normalize, 2, 1)(xs.movedim(0, 2)).movedim(1, 0), mapped) <= EXACT
+    with Collectives() as collectives:
+        by_map = vmap(grad(lambda x: normalize(x).pow(2).sum()))(xs)
+    assert collectives.count == 2
+    assert error(by_map, torch.stack(gradients)) <= EXACT
+    assert error(grad(lambda xs: vmap(normalize)(xs).pow(2).sum())(xs), torch.stack(gradients)) <= EXACT
+
+
+def test_maps(ranks: RankPool) -> None:
+    """vmap normalizes every batch by itself, with one collective for all of them; so do maps of gradients."""
+    ranks.run(2, _mapped)
+
+
+def _ensemble() -> None:
+    models = [syncbn.SyncBatchNorm(4).double() for _ in range(3)]
+    xs = samples(3, 5, 4)
+    parameters, buffers = stack_module_state(models)
+    mapped = vmap(lambda p, b, x: functional_call(models[0], (p, b), (x,)))(parameters, buffers, xs)
+    right = torch.stack([model(x) for model, x in zip(models, xs, strict=True)])
+    assert error(mapped, right.detach()) <= EXACT
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        stacked = torch.stack([getattr(model, name) for model in models])
+        assert error(buffers[name], stacked.double()) <= EXACT
+
+
+def test_an_ensemble(ranks: RankPool) -> None:
+    """Stacked models, each with its own running statistics, are what the models are one by one."""
+    ranks.run(2, _ensemble)
+
+
+def _one_set_for_all() -> None:
+    layer = syncbn.SyncBatchNorm(4)
+    xs = torch.randn(3, 5, 4)
+    for function in (layer, grad(lambda x: layer(x).sum())):
+        with Collectives() as collectives, pytest.raises(RuntimeError, match="track_running_stats=False"):
+            vmap(function)(xs)
+        assert collectives.count == 0
+    assert layer.num_batches_tracked == 0
+    right = torch.stack([layer.eval()(x) for x in xs])
+    assert torch.equal(vmap(layer)(xs), right)
+
+
+def test_one_set_of_running_statistics_cannot_follow_a_map(ranks: RankPool) -> None:
+    """vmap over a layer that moves its running statistics is refused before any collective; in eval it maps."""
+    ranks.run(2, _one_set_for_all)
+
+
+def _jacobians() -> None:
+    let_torch_warn_of_itself()
+    x = samples(2, 2, 2)
+
+    def loss(x: Tensor) -> Tensor:
+        return normalize(x).pow(3).sum()
+
+    # Forward mode moves the inputs of all ranks at once, reverse mode adds up the outputs of all ranks.
+    forward, reverse, second = jacfwd(normalize)(x), jacrev(normalize)(x), hessian(loss)(x).view(8, 8)
+    for t in (forward, reverse, second):
+        dist.all_reduce(t)
+    assert error(forward, reverse) <= EXACT
+    assert error(second, second.T) <= EXACT
+
+
+def test_jacobians_and_hessians(ranks: RankPool) -> None:
+    """Added up over the ranks, forward and reverse mode agree, and compose to a symmetric second derivative."""
+    ranks.run(2, _jacobians)
