@@ -1,6 +1,8 @@
 """A small convolutional net with converted layers, and what a step of it is held to."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,23 @@ def batch(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
     x, dy = (torch.randn(samples, channels, 6, 5, generator=generator) for channels in (3, 8))
     return x.requires_grad_(), dy
+
+
+@contextlib.contextmanager
+def sums_taken(note: Callable[[Tensor], Any] = Tensor.numel) -> Iterator[list[Any]]:
+    """The lengths, or another note, of what eager layers reduce, where others use the group too."""
+    taken: list[Any] = []
+    original = comm.all_sum
+
+    def noted(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        taken.append(note(sums))
+        return original(sums, group)
+
+    comm.all_sum = noted
+    try:
+        yield taken
+    finally:
+        comm.all_sum = original
 
 
 Called = Callable[[Tensor], Tensor]

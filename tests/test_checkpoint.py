@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -15,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import syncbn
-from syncbn import comm
+from tests.nets import sums_taken
 from tests.ranks import Collectives, RankPool
 from tests.regions import WRAPS, Net, Region, Wrap, assert_equal_bits, by_hooks, plain, reentrant, step
 
@@ -105,22 +104,12 @@ def test_an_exception_leaves_nothing_behind(ranks: RankPool, wrap: str, during: 
 
 
 def _sums_alive(wrap: str, with_backward: bool) -> int:
-    made = []
-    original = comm.all_sum
-
-    def noted(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        made.append(weakref.ref(sums))
-        return original(sums, group)
-
-    comm.all_sum = noted
-    try:
+    with sums_taken(weakref.ref) as made:
         y = Net(WRAPS[wrap])(torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True))
         assert any(ref() is not None for ref in made)  # kept for the recomputation
         if with_backward:
             y.sum().backward()
-        del y
-    finally:
-        comm.all_sum = original
+    del y
     gc.collect()
     return sum(ref() is not None for ref in made)
 

@@ -8,19 +8,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from tests.nets import sums_taken
 from tests.oracle import error
 from tests.ranks import RankPool
 
 STEPS, PER_RANK = 10, 3
+FLAGS = ("static_graph", "gradient_as_bucket_view")
+"""Of DDP, each as a mode of its own."""
 
 
 class Net(nn.Module):
-    """conv, norm, residual block with a fused activation, linear; float64."""
+    """conv, norm, residual block, which may be checkpointed, linear; float64."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.checkpointed = False
         self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(6)
         self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
@@ -30,8 +35,11 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm1(self.conv1(x)))
-        x = torch.relu(self.norm2(self.conv2(x)) + x)
+        x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
         return self.head(x.mean((2, 3)))
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm2(self.conv2(x)) + x)
 
 
 def build() -> Net:
@@ -65,10 +73,12 @@ def train_ranks(mode: str, broadcast_buffers: bool) -> dict[str, Tensor]:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         group = pairs[rank // 2]
     net = syncbn.convert_sync_batchnorm(build(), process_group=group)
+    net.checkpointed = mode == "checkpoint"
     flag = next(
         k for k in ("forward_sync_buffers", "broadcast_buffers") if k in signature(DistributedDataParallel).parameters
     )
-    model = DistributedDataParallel(net, process_group=group, **{flag: broadcast_buffers})
+    own = {mode: True} if mode in FLAGS else {}
+    model = DistributedDataParallel(net, process_group=group, **{flag: broadcast_buffers, **own})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in batches(world_size, parts=2 if mode in ("no_sync", "twice") else 1):
         optimizer.zero_grad()
@@ -80,7 +90,10 @@ def train_ranks(mode: str, broadcast_buffers: bool) -> dict[str, Tensor]:
         elif mode == "twice":
             sum(loss_of(model(x), x) / 2 for x in mine).backward()
         else:
-            loss_of(model(mine[0]), mine[0]).backward()
+            with sums_taken() as taken:
+                loss_of(model(mine[0]), mine[0]).backward()
+            layers = sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in net.modules())
+            assert taken == [2 * 6 + 1] * layers + [2 * 6] * layers
         optimizer.step()
     return state(net)
 
@@ -105,7 +118,7 @@ def assert_equal(actual: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
-@pytest.mark.parametrize("mode", ["plain", "no_sync", "twice"])
+@pytest.mark.parametrize("mode", ["plain", "no_sync", "twice", "checkpoint", *FLAGS])
 def test_ten_steps_equal_one_process(ranks: RankPool, mode: str, broadcast_buffers: bool) -> None:
     """Ten SGD steps on two ranks give the parameters and buffers of one process with all samples."""
     first, second = ranks.run(2, train_ranks, mode, broadcast_buffers)
