@@ -50,7 +50,11 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tupl
     Raises:
         RuntimeError: where a recomputation makes another call than the first pass did.
     """
-    first, again = _open_passes(recorded, sys._getframe(2))
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    stacked = not recorded or torch._C._current_graph_task_id() != -1
+    if not hooked and not stacked:  # an ordinary forward pass
+        return take(), True
+    first, again = _open_passes(hooked, stacked, sys._getframe(2))
     known = None if again is None else _record_of(again.region).recall(again.recomputation)
     if known is not None and known.numel() != 2 * channels + 1:
         raise RuntimeError(
@@ -66,7 +70,7 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tupl
 
 def region_is_open() -> bool:
     """Whether a region is running: asked while a graph is made, whose operations will not ask again."""
-    first, again = _open_passes(False, sys._getframe(1))
+    first, again = _open_passes(True, True, sys._getframe(1))
     return bool(first) or again is not None
 
 
@@ -120,14 +124,12 @@ def _record_of(region: Any) -> _Record:
     return record
 
 
-def _open_passes(recorded: bool, caller: FrameType) -> tuple[list[_Pass], _Pass | None]:
+def _open_passes(hooked: bool, stacked: bool, caller: FrameType) -> tuple[list[_Pass], _Pass | None]:
     """The innermost recomputation that is running, and the first passes that are running within it (or at all).
 
     A recomputation among the hooks is within one on the stack: that one is waiting for its saved tensors or its
     gradients.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    stacked = not recorded or torch._C._current_graph_task_id() != -1
     first, again = _split(_hooked_passes() if hooked else iter(()))
     if stacked:
         first_on_stack, again_on_stack = _split(_stacked_passes(caller))
