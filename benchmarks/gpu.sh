@@ -3,7 +3,7 @@
 # training step, the roofline. Uses this machine's python3 as it is.
 #   bash benchmarks/gpu.sh               # rows and log.txt in ./out
 #   OUT=/tmp/rows TOTAL=540 MACHINE=h200 bash benchmarks/gpu.sh
-# Six files, no folders: log.txt, kernels-, layer- and step-<machine>.csv, roofline.svg, layer.svg.
+# Seven files, no folders: log.txt, kernels-, layer-, step- and compile-<machine>.csv, roofline.svg, layer.svg.
 # A part may use its share of the time left, so what one part saves, the later ones have.
 # Each part starts with its most telling rows; whatever was measured when time runs out is in the files.
 set -uo pipefail
@@ -58,6 +58,7 @@ part 26 tests "$python" -m pytest "$tests" -m gpu -q --maxfail=20 --durations=10
 bench 25 kernels
 bench 42 layer ${smoke:+--gpu-flow}
 bench 50 step
+bench 40 compile
 watched=50
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import every_kernel, harness, kernels, layer, resnet, shapes, step, variants, wire
+from benchmarks import compile, every_kernel, harness, kernels, layer, resnet, shapes, step, variants, wire
 from benchmarks.checking import check, make_case, oracle
 from benchmarks.shapes import Plan
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 PLAN = Plan((4, 6, 5, 5), "float32", "channels_last")
 COLUMNS = {"layer": layer.COLUMNS, "kernels": kernels.COLUMNS, "step": step.COLUMNS, "wire": wire.COLUMNS}
+COLUMNS |= {"compile": compile.COLUMNS}
 
 
 def test_summary() -> None:
@@ -184,6 +185,13 @@ def test_tally_counts_the_step_only() -> None:
     events += [("cuLaunchKernelEx", 4.0, 5.0), ("cudaStreamSynchronize", 5.0, 8.0), ("aten::add", 5.0, 6.0)]
     events += [("cudaDeviceSynchronize", 10.0, 11.0)]
     assert step.tally(events) == {"launches": 2, "host_syncs": 1}
+
+
+def test_generated_calls_are_counted_in_a_wrapper() -> None:
+    """Calls of generated C++ and Triton kernels count; their definitions, convolutions and collectives do not."""
+    code = "cpp_fused_add_0 = async_compile.cpp()\n    cpp_fused_add_0(a, b)\n        triton_poi_1.run(a, grid)\n"
+    code += "    buf = extern_kernels.convolution(a)\n    torch.ops._c10d_functional.all_reduce_.default(buf)\n"
+    assert compile.generated_calls(code) == 2
 
 
 def test_every_results_file_parses() -> None:

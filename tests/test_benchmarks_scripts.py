@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import every_kernel, harness, kernels, layer, step, wire
+from benchmarks import compile, every_kernel, harness, kernels, layer, step, wire
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -16,12 +16,14 @@ SCRIPTS = {
     "layer-gpu": (layer.COLUMNS, ["layer", "--gpu-flow", "--only", "4x8x5x5 bfloat16 channels_last"]),
     "kernels": (kernels.COLUMNS, ["kernels", "--only", "4x8x5x5 bfloat16 contiguous"]),
     "step": (step.COLUMNS, ["step"]),
+    "compile": (compile.COLUMNS, ["compile"]),
 }
 VARIANTS = {
     "layer": {"copy", "nn.BatchNorm", "syncbn_alone", "syncbn", "naive_sync", "all_reduce"},
     "layer-gpu": {"copy", "nn.BatchNorm", "syncbn", "syncbn.forced", "compiled"},
     "kernels": {"copy", "syncbn", "var_mean", "native_batch_norm", "native_batch_norm_backward"},
     "step": {"nn.BatchNorm", "syncbn", "syncbn.fused", "syncbn.fused.forced"},
+    "compile": {"nn.BatchNorm", "syncbn", "syncbn.fused"},
 }
 
 
@@ -38,8 +40,8 @@ def test_script_writes_its_rows(name: str, tmp_path: Path) -> None:
     """A smoke run leaves a file with the script's columns, a row for each variant, and times that are positive."""
     columns, (script, *options) = SCRIPTS[name]
     options += ["--smoke", "--device", "cpu", "--machine", "here", "--out", str(tmp_path)]
-    if script == "layer":  # it starts ranks, or a compiler that warns
-        run(sys.executable, "-m", "benchmarks.layer", *options)
+    if script in ("layer", "compile"):  # it starts ranks, or a compiler that warns
+        run(sys.executable, "-m", f"benchmarks.{script}", *options)
     else:
         importlib.import_module(f"benchmarks.{script}").main(options)
     path = tmp_path / f"{script}-here.csv"
@@ -47,6 +49,10 @@ def test_script_writes_its_rows(name: str, tmp_path: Path) -> None:
     rows = harness.read_rows(path)
     assert {row["variant"] for row in rows} == VARIANTS[name]
     assert all(float(row["ms"]) > 0 and row["commit"] and row["machine"] == "here" for row in rows)
+    if name == "compile":
+        found = {(row["variant"], row["mode"]): row for row in rows}
+        assert found["syncbn", "compiled"]["graph_breaks"] == "0"
+        assert [found["syncbn", mode]["collectives"] for mode in ("eager", "compiled")] == ["10", "10"]
     if name == "layer":
         assert {row["pass"] for row in rows} == {"forward", "backward", "both"}
         assert {(row["ranks"], row["threads"]) for row in rows} <= {("2", str(n)) for n in range(1, 65)}
@@ -89,7 +95,7 @@ def test_gpu_sh_runs_every_part_within_its_time(tmp_path: Path) -> None:
     log = run("bash", "benchmarks/gpu.sh", **given, TOTAL="100")
     calls = (tmp_path / "calls").read_text()
     assert "-m pytest tests -m gpu" in calls
-    for script in ("kernels", "layer", "step", "every_kernel"):
+    for script in ("kernels", "layer", "step", "compile", "every_kernel"):
         assert f"-m benchmarks.{script} --device cuda" in calls
     assert calls.count("--budget") >= 4
     assert "{budget}" not in calls

@@ -1,0 +1,252 @@
+"""How long does a training step take compiled, with each batch norm, and how much of it is left to Python?
+
+    python -m benchmarks.compile                     # on CPU: 2 gloo ranks, one thread each on two cores
+    python -m benchmarks.compile --ranks 1 --append  # one process with all cores
+    python -m benchmarks.compile --device cuda       # one process on a GPU, bfloat16 autocast
+
+A small ResNet (the blocks of ResNet-50, one a stage, a quarter as wide), cross entropy, SGD with momentum; gradients
+are not averaged over the ranks, so that their only collectives are the batch norms'.
+
+    nn.BatchNorm   torch's layer on each rank's own batch, then torch's add and relu
+    syncbn         ours over all ranks, as a drop-in
+    syncbn.fused   ours with add and relu in the layer
+
+each eager and under torch.compile(fullgraph=True), from an empty cache. All take turns in the same processes.
+Before timing, logits and the first convolution's gradient are held to a float64 model of all that is synchronised.
+first_seconds is the first pass, compilation and all; kernels are calls of generated code in a step, convolutions and
+collectives apart; graph_breaks and graphs are Dynamo's counts. --smoke generates no code.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch._dynamo.utils
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from benchmarks.harness import (
+    ENVIRONMENT,
+    Budget,
+    Results,
+    Sample,
+    arguments,
+    cores,
+    environment,
+    interleave,
+    ratio,
+    results_path,
+    summarize,
+    timing_columns,
+)
+from benchmarks.layer import agreed, say, slowest
+from benchmarks.resnet import NORMS, ResNet50
+from tests.oracle import error
+
+COLUMNS = (
+    *ENVIRONMENT,
+    *("model", "batch", "image", "layout", "dtype", "variant", "mode", "ms", "ms_p20", "ms_p80", "reps"),
+    *("over_bn", "over_eager", "first_seconds", "graphs", "graph_breaks", "kernels", "collectives", "error"),
+)
+"""over_bn: median over nn.BatchNorm's in the same mode; over_eager: over the same norm's, eager."""
+
+VARIANTS = ("nn.BatchNorm", "syncbn", "syncbn.fused")
+MODES = ("eager", "compiled")
+LOGITS, GRADIENT = 1e-4, 1e-2
+"""Relative errors allowed to a float32 step after 17 layers; bfloat16 is checked in float32."""
+Batch = tuple[Tensor, Tensor]
+
+
+class Setting(NamedTuple):
+    """One comparison: its batch on each rank, its layout, and where."""
+
+    batch: int
+    image: int
+    layout: str
+    width: int
+    blocks: tuple[int, ...]
+    compiler: str
+    device: torch.device
+    ranks: int
+
+    def model(self, variant: str) -> ResNet50:
+        """The same weights for every variant."""
+        torch.manual_seed(0)
+        model = ResNet50(NORMS[variant], classes=10, width=self.width, blocks=self.blocks).to(self.device)
+        return model.to(memory_format=_format(self.layout)).train()
+
+    def data(self, rank: int) -> Batch:
+        """A rank's images and labels, the same wherever they are made."""
+        generator = torch.Generator().manual_seed(1 + rank)
+        images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
+        labels = torch.randint(10, (self.batch,), generator=generator)
+        return images.to(self.device).contiguous(memory_format=_format(self.layout)), labels.to(self.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options(argv)
+    if args.device == "cuda":
+        args.ranks = 1
+    results_path(args, "compile").parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.smoke:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "cache")
+        store = str(Path(folder) / "store")
+        if args.ranks == 1:
+            run_rank(0, store, args)
+        else:
+            mp.spawn(run_rank, (store, args), nprocs=args.ranks)
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__, reps=30)
+    parser.add_argument("--ranks", type=int, default=2, help="gloo processes (CPU)")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.reps = min(args.reps, 2)
+    return args
+
+
+def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
+    """One rank's part of every comparison; rank 0 writes."""
+    device = torch.device(args.device)
+    torch.set_num_threads(max(1, cores() // args.ranks))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
+    try:
+        results = Results(results_path(args, "compile") if rank == 0 else None, COLUMNS, args.append)
+        budget = Budget(args.budget)
+        for setting in settings(args, device):
+            if agreed(budget.spent()):
+                say(rank, f"out of time: skipped {setting}")
+                continue
+            compare(setting, rank, args, results)
+            say(rank, f"{setting}: done")
+    finally:
+        dist.destroy_process_group()
+
+
+def settings(args: argparse.Namespace, device: torch.device) -> list[Setting]:
+    if args.smoke:
+        return [Setting(2, 32, "contiguous", 4, (1,), "aot_eager", device, args.ranks)]
+    batch, image, width = (64, 224, 64) if device.type == "cuda" else (8, 64, 16)
+    layouts = ("contiguous", "channels_last")
+    shared = (width, (1, 1, 1, 1), "inductor", device, args.ranks)
+    return [Setting(batch, image, layout, *shared) for layout in layouts]
+
+
+def compare(setting: Setting, rank: int, args: argparse.Namespace, results: Results) -> None:
+    """Check, time and write one setting."""
+    entrants = {(variant, mode): Entrant(variant, mode, setting, rank) for variant in VARIANTS for mode in MODES}
+    times = slowest(interleave({key: partial(repetition, e) for key, e in entrants.items()}, args.reps))
+    summaries = {key: summarize(seconds) for (key, _), seconds in times.items()}
+    where = environment(args.machine, setting.device, setting.ranks)
+    dtype = "bfloat16" if setting.device.type == "cuda" else "float32"
+    shared: dict[str, Any] = {"model": f"resnet {setting.width} x {len(setting.blocks)}", "dtype": dtype}
+    shared |= {"batch": setting.batch, "image": setting.image, "layout": setting.layout}
+    for (variant, mode), summary in summaries.items():
+        row = {**where, **shared, "variant": variant, "mode": mode}
+        row |= {"over_bn": ratio(summary, summaries["nn.BatchNorm", mode])}
+        row |= {"over_eager": ratio(summary, summaries[variant, "eager"])}
+        results.add({**row, **timing_columns(summary), **entrants[variant, mode].found})
+
+
+class Entrant:
+    """A model with its optimizer; `found` is what its check and its first passes told."""
+
+    def __init__(self, variant: str, mode: str, setting: Setting, rank: int) -> None:
+        self.variant, self.setting, self.rank = variant, setting, rank
+        self.batch, self.model = setting.data(rank), setting.model(variant)
+        self.called = called(self.model, mode, setting.compiler)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.found: dict[str, Any] = {"graphs": "", "graph_breaks": "", "kernels": ""}
+        for first in (self.check, self.step):  # on a GPU a step is under autocast: another graph
+            start = time.perf_counter()
+            _, codes = run_and_get_code(first)
+            if first == self.check or codes:
+                self.found["first_seconds"] = time.perf_counter() - start
+                self.found["kernels"] = sum(map(generated_calls, codes)) if mode == "compiled" else ""
+        if mode == "compiled":
+            counters = torch._dynamo.utils.counters
+            self.found["graphs"] = counters["stats"]["unique_graphs"]
+            self.found["graph_breaks"] = sum(counters["graph_break"].values())
+        before = _collectives()
+        self.step()
+        self.found["collectives"] = _collectives() - before
+
+    def step(self) -> None:
+        images, labels = self.batch
+        self.optimizer.zero_grad(set_to_none=True)
+        on_gpu = self.setting.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
+            loss = F.cross_entropy(self.called(images), labels)
+        loss.backward()
+        self.optimizer.step()
+
+    def check(self) -> None:
+        """Note the larger relative error of a float32 pass's logits and first gradient; raise if it is too large."""
+        setting, rank = self.setting, self.rank
+        ranks = [rank] if self.variant == "nn.BatchNorm" else list(range(setting.ranks))
+        images, labels = self.batch
+        logits = self.called(images)
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        gradient = self.model.conv.weight.grad.double()
+        if len(ranks) > 1:
+            dist.all_reduce(gradient)
+        right, data = setting.model("nn.BatchNorm").double(), [setting.data(r) for r in ranks]
+        every = right(torch.cat([x for x, _ in data]).double())
+        F.cross_entropy(every, torch.cat([y for _, y in data]), reduction="sum").backward()
+        mine = every.detach().split(setting.batch)[ranks.index(rank)]
+        off = error(logits, mine), error(gradient, right.conv.weight.grad)
+        if not (off[0] <= LOGITS and off[1] <= GRADIENT):
+            raise AssertionError(f"{self.variant}: logits off by {off[0]:.1e}, gradient {off[1]:.1e}; it is not timed.")
+        self.found["error"] = max(off)
+
+
+def called(model: nn.Module, mode: str, compiler: str) -> nn.Module:
+    """The model as it is called; compiled afresh, with Dynamo's counters at 0."""
+    if mode == "eager":
+        return model
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled: nn.Module = torch.compile(model, fullgraph=True, backend=compiler)
+    return compiled
+
+
+def generated_calls(code: str) -> int:
+    """Calls of generated kernels in a graph's wrapper."""
+    return len(re.findall(r"^ +(?:cpp_fused\w*\(|triton_\w+\.run\()", code, re.MULTILINE))
+
+
+def repetition(entrant: Entrant) -> Sample:
+    """Seconds of a step on this rank, all ranks starting together."""
+    cuda = entrant.setting.device.type == "cuda"
+    dist.barrier()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    entrant.step()
+    if cuda:
+        torch.cuda.synchronize()
+    return {"step": time.perf_counter() - start}
+
+
+def _collectives() -> int:
+    return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]  # initialised
+
+
+def _format(layout: str) -> torch.memory_format:
+    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+
+if __name__ == "__main__":
+    main()
