@@ -31,7 +31,7 @@ import torch
 import torch._dynamo.utils
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
@@ -51,6 +51,7 @@ from benchmarks.harness import (
 )
 from benchmarks.layer import agreed, say, slowest
 from benchmarks.resnet import NORMS, ResNet50
+from benchmarks.step import GRADIENT, LOGITS, Batch
 from tests.oracle import error
 
 COLUMNS = (
@@ -62,9 +63,6 @@ COLUMNS = (
 
 VARIANTS = ("nn.BatchNorm", "syncbn", "syncbn.fused")
 MODES = ("eager", "compiled")
-LOGITS, GRADIENT = 1e-4, 1e-2
-"""Relative errors allowed to a float32 step after 17 layers; bfloat16 is checked in float32."""
-Batch = tuple[Tensor, Tensor]
 
 
 class Setting(NamedTuple):
