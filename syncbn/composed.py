@@ -160,9 +160,9 @@ class _AllSum(torch.autograd.Function):
         return _all_sum(tangent, ctx.group_name, ctx.tail)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], sums: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, ...], sums: Tensor, *rest: Any) -> tuple[Tensor, int]:
         """One collective for all of them."""
-        return _all_sum(sums.movedim(in_dims[0] or 0, 0), *rest), 0
+        return _all_sum(sums.movedim(in_dims[0], 0), *rest), 0
 
 
 def _all_sum(

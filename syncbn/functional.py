@@ -55,9 +55,13 @@ def sync_batch_norm(
     requires a gradient: then the backward pass has one all-reduce, else none.
     ``input.grad`` is the gradient of the sum of the ranks' losses; ``weight.grad`` and ``bias.grad`` are this rank's
     sums, for DistributedDataParallel to average.
+    A call may be compiled, exported, checkpointed, transformed by ``torch.func`` and differentiated again; a
+    recomputation in activation checkpointing communicates and moves nothing.
 
     Raises:
         TypeError, ValueError: for a wrong argument, before any communication and with all buffers unchanged.
+        RuntimeError: likewise, under ``torch.vmap`` with running statistics that are not mapped over; and for a
+            checkpointed region that makes another call when it is recomputed.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,32 @@ def hooks_in_reentrant(region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return reentrant(lambda t: by_hooks(region, t), x)
 
 
+class CheckpointFunction(torch.autograd.Function):
+    """As libraries with a checkpoint of their own have it (fairscale, DeepSpeed, Megatron), by this name."""
+
+    @staticmethod
+    def forward(ctx: Any, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.region, ctx.x = region, x.detach()
+        with torch.no_grad():
+            return region(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.region(x)
+        torch.autograd.backward(y, dy)
+        return None, x.grad
+
+
+class Reversible(CheckpointFunction):
+    """The same under a name that promises nothing."""
+
+
+def reentrant_elsewhere(region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return CheckpointFunction.apply(region, x)
+
+
 def selective(policy: Callable[[object], CheckpointPolicy]) -> Wrap:
     contexts = functools.partial(create_selective_checkpoint_contexts, lambda ctx, op, *args, **kwargs: policy(op))
     return lambda region, x: checkpoint(region, x, use_reentrant=False, context_fn=contexts)
@@ -103,6 +130,7 @@ def save_nothing(op: object) -> CheckpointPolicy:
 
 WRAPS = {
     "reentrant": reentrant,
+    "reentrant_elsewhere": reentrant_elsewhere,
     "by_hooks": by_hooks,
     "to_the_end": to_the_end,
     "reentrant_in_hooks": reentrant_in_hooks,

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 import syncbn
 from tests.nets import sums_taken
 from tests.ranks import Collectives, RankPool
-from tests.regions import WRAPS, Net, Region, Wrap, assert_equal_bits, by_hooks, plain, reentrant, step
+from tests.regions import WRAPS, Net, Region, Reversible, Wrap, assert_equal_bits, by_hooks, plain, reentrant, step
 
 
 def _as_without(wrap: str, nested: bool) -> None:
@@ -150,6 +150,21 @@ def _new_call_in_backward() -> None:
 def test_a_call_of_its_own_during_backward_is_a_new_call(ranks: RankPool) -> None:
     """A layer that a gradient hook calls is no recomputation: it takes statistics, of all ranks."""
     ranks.run(2, _new_call_in_backward)
+
+
+def _unknown_function() -> None:
+    layer = syncbn.SyncBatchNorm(4).double()
+    x = torch.randn(4, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = Reversible.apply(lambda t: layer(t).sin(), x)
+    with Collectives() as backward:
+        y.sum().backward()
+    assert backward.count == 2  # a forward anew, and its backward
+    assert layer.num_batches_tracked == 2
+
+
+def test_a_function_of_another_name_is_not_taken_for_a_checkpoint(ranks: RankPool) -> None:
+    """What an unknown autograd.Function runs in its backward may be new, such as a solver's last step: it is synced."""
+    ranks.run(2, _unknown_function)
 
 
 def _wrapper_modules() -> None:

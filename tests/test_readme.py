@@ -97,3 +97,16 @@ def test_commands_exist() -> None:
     named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", README))
     assert named >= {"launch/quickstart.sh", "tests/run.sh"}
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_rows_name_tests_that_there_are() -> None:
+    """Every row of the table of what it works with names tests, and each of them exists."""
+    rows = README.split("## Works with")[1].split("\n## ")[0].split("|---|---|---|\n")[1].strip().splitlines()
+    assert len(rows) >= 15
+    for row in rows:
+        file = ""
+        names = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", row)
+        assert names, row
+        for named_file, name in names:
+            file = named_file or file
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
