@@ -57,8 +57,8 @@ tests=${TESTS:-tests}
 part 26 tests "$python" -m pytest "$tests" -m gpu -q --maxfail=20 --durations=10 -p no:cacheprovider
 bench 25 kernels
 bench 42 layer ${smoke:+--gpu-flow}
-bench 50 step
-bench 40 compile
+bench 45 step
+bench 55 compile
 watched=50
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then

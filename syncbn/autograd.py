@@ -28,6 +28,8 @@ class NormalizeBatch(torch.autograd.Function):
 
     One collective forward and, iff x needs a gradient, one backward; that must agree across ranks.
     x.grad is the gradient of the sum of the ranks' losses; the parameters' gradients are this rank's sums.
+    A recomputation takes the sums of the first pass and moves nothing. A backward that is to be differentiated in turn
+    is composed of operations which autograd can differentiate.
     """
 
     @staticmethod
@@ -62,7 +64,7 @@ class NormalizeBatch(torch.autograd.Function):
         backend, options = ctx.backend, ctx.options
         needs_dx, needs_dweight, needs_dbias, needs_dresidual, *_ = ctx.needs_input_grad
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated in turn
+        if torch.is_grad_enabled():  # create_graph=True
             group_name, needed = comm.name_of(options.group), ctx.needs_input_grad[:4]
             grads = composed.gradients(dy, x, epilogue, options.eps, group_name, sums, needed)
             return *grads, None, None

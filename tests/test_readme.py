@@ -92,6 +92,21 @@ def test_the_cpu_figures_are_those_of_the_rows() -> None:
         assert words.format(min(alone), max(alone)) in README
 
 
+def test_the_compiled_figures_are_those_of_the_rows() -> None:
+    """So are those of a compiled step, its graph and its collectives."""
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/compile-amd-epyc-2-cores.csv").read_text().splitlines()))
+    ours = [row for row in rows if row["mode"] == "compiled" and row["variant"].startswith("syncbn")]
+    assert {(row["graphs"], row["graph_breaks"]) for row in ours} == {("1", "0")}
+    assert {row["collectives"] for row in ours if row["ranks"] == "2"} == {"34"}
+    for ranks, over_bn, over_eager in (
+        ("1", "takes {:.2f} to {:.2f} times as long as one with `nn.BatchNorm`", "and {:.2f} to {:.2f} times as long"),
+        ("2", "{:.2f} to {:.2f} times as long as `nn.BatchNorm`, which", "and {:.2f} to {:.2f} times as long"),
+    ):
+        for column, words in (("over_bn", over_bn), ("over_eager", over_eager)):
+            ratios = [float(row[column]) for row in ours if row["ranks"] == ranks]
+            assert words.format(min(ratios), max(ratios)) in README
+
+
 def test_commands_exist() -> None:
     """The scripts README names are there."""
     named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", README))

@@ -143,6 +143,7 @@ def _grad_pre_activation(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, ep
 
 
 def masked(t: Tensor, mask: Tensor | None) -> Tensor:
+    """t (N, C, *S), 0 where masked out."""
     return t if mask is None else torch.where(mask.unsqueeze(1), t, 0)
 
 
@@ -152,4 +153,5 @@ def along(per_channel: Tensor, x: Tensor) -> Tensor:
 
 
 def reduced(x: Tensor) -> list[int]:
+    """The dimensions that statistics are taken over: all but the channels'."""
     return [dim for dim in range(x.ndim) if dim != 1]
