@@ -113,8 +113,9 @@ def _sums_of_all(sums: Tensor, group_name: str | None, known: Tensor | None) -> 
     """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
     if not torch.compiler.is_compiling():
         return sums if group_name is None else _all_sum(sums, group_name, 1, known), None
-    if recompute.region_is_open():
-        packed = torch.ops.syncbn.all_sum(sums, group_name, 1, None, True)
+    site = recompute.graph_site()
+    if site:
+        packed = torch.ops.syncbn.all_sum(sums, group_name, 1, None, site)
         return packed[:-1], packed[-1:].detach()
     return sums if group_name is None else torch.ops.syncbn.all_sum(sums, group_name, 1), None
 
@@ -131,14 +132,14 @@ def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: T
 class _AllSum(torch.autograd.Function):
     """The sums of all ranks, or `known`, which they are; the last `tail` of them have no gradient and send none.
 
-    once: of a graph that may run as a recomputation, the sums are followed by 1 if they are new, else 0.
+    site: of a call in a graph that may run as a recomputation; then the sums are followed by 1 if they are new, else 0.
     """
 
     @staticmethod
-    def forward(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None, once: bool) -> Tensor:
+    def forward(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None, site: str) -> Tensor:
         with recompute.kept():
-            if once:
-                found: Tensor = torch.ops.syncbn.all_sum_once(sums, group_name)
+            if site:
+                found: Tensor = torch.ops.syncbn.all_sum_once(sums, group_name, site)
                 return found
             assert group_name is not None, "alone there is nothing to sum"
             return comm.functional_sum(sums, group_name) if known is None else known.clone()
@@ -165,18 +166,16 @@ class _AllSum(torch.autograd.Function):
         return _all_sum(sums.movedim(in_dims[0], 0), *rest), 0
 
 
-def _all_sum(
-    sums: Tensor, group_name: str | None, tail: int, known: Tensor | None = None, once: bool = False
-) -> Tensor:
-    summed: Tensor = _AllSum.apply(sums, group_name, tail, known, once)  # type: ignore[no-untyped-call]  # torch's own
+def _all_sum(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None = None, site: str = "") -> Tensor:
+    summed: Tensor = _AllSum.apply(sums, group_name, tail, known, site)  # type: ignore[no-untyped-call]  # torch's own
     return summed
 
 
-def _all_sum_once(sums: Tensor, group_name: str | None) -> Tensor:
+def _all_sum_once(sums: Tensor, group_name: str | None, site: str) -> Tensor:
     def take() -> Tensor:
         return sums.clone() if group_name is None else comm.functional_sum(sums, group_name)
 
-    found, are_new = recompute.sums_once(take, sums.shape[0] // 2, recorded=False)
+    found, are_new = recompute.sums_once(take, sums.shape[0] // 2, recorded=False, site=site)
     return F.pad(found, (0, 1), value=float(are_new))
 
 
@@ -184,13 +183,13 @@ def _all_sum_once(sums: Tensor, group_name: str | None) -> Tensor:
 # which what comes next takes apart into the function. all_sum_once stays whole, to look around when the graph runs.
 _library = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]  # torch's own, as below
 _library.define(  # type: ignore[no-untyped-call]
-    "all_sum(Tensor sums, str? group_name, int tail, Tensor? known=None, bool once=False) -> Tensor"
+    "all_sum(Tensor sums, str? group_name, int tail, Tensor? known=None, str site='') -> Tensor"
 )
-_library.define("all_sum_once(Tensor sums, str? group_name) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("all_sum_once(Tensor sums, str? group_name, str site) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("all_sum", _all_sum, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("all_sum_once", _all_sum_once, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
-    "syncbn::all_sum_once", lambda sums, group_name: sums.new_empty(sums.shape[0] + 1), lib=_library
+    "syncbn::all_sum_once", lambda sums, group_name, site: sums.new_empty(sums.shape[0] + 1), lib=_library
 )
 
 

@@ -9,11 +9,13 @@ The sums of its calls, each of the size of C, hang on that frame or ctx in the o
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import torch._guards
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _python_dispatch
@@ -21,31 +23,43 @@ from torch.utils import _python_dispatch
 _SEEN = contextlib.nullcontext()
 
 
+Path = tuple[Hashable, ...]
+"""Where in a region's code a call is made: the frames between them, each with its place in its function."""
+
+
 class _Pass(NamedTuple):
-    """A region that is running, for the first time if recomputation is None, else as that one of its recomputations."""
+    """A region that is running, for the first time if recomputation is None, else as that one of its recomputations.
+
+    Not every call that a reentrant region makes is seen to be in it, those under enable_grad are not; by its path, a
+    call of the recomputation is not taken for another. A non-reentrant region sees all and needs no path.
+    """
 
     region: Any
     recomputation: object
+    path: Path = ()
 
 
 class _Record:
-    """The sums of a region's calls in order, and how far its newest recomputation has come."""
+    """The sums of a region's calls by path and in order, and how far its newest recomputation has come."""
 
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []
+        self.sums: defaultdict[Path, list[Tensor]] = defaultdict(list)
         self.recomputation: object = None
-        self.at = 0
+        self.seen: Counter[Path] = Counter()
 
-    def recall(self, recomputation: object) -> Tensor | None:
+    def recall(self, again: _Pass) -> Tensor | None:
         """The sums of the recomputation's next call; None if the first pass made no such call."""
-        if self.recomputation != recomputation:
-            self.recomputation, self.at = recomputation, 0
-        self.at += 1
-        return self.sums[self.at - 1] if self.at <= len(self.sums) else None
+        if self.recomputation != again.recomputation:
+            self.recomputation, self.seen = again.recomputation, Counter()
+        at = self.seen[again.path]
+        self.seen[again.path] += 1
+        return self.sums[again.path][at] if at < len(self.sums[again.path]) else None
 
 
-def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tuple[Tensor, bool]:
+def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool, site: str = "") -> tuple[Tensor, bool]:
     """The sums of all ranks for this call of an autograd.Function's forward, and whether they were taken just now.
+
+    recorded: whether autograd records the caller. site: `graph_site`, of a call within a graph.
 
     Raises:
         RuntimeError: where a recomputation makes another call than the first pass did.
@@ -54,8 +68,8 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tupl
     stacked = not recorded or torch._C._current_graph_task_id() != -1
     if not hooked and not stacked:  # an ordinary forward pass
         return take(), True
-    first, again = _open_passes(hooked, stacked, sys._getframe(2))
-    known = None if again is None else _record_of(again.region).recall(again.recomputation)
+    first, again = _open_passes(hooked, stacked, sys._getframe(2), site)
+    known = None if again is None else _record_of(again.region).recall(again)
     if known is not None and known.numel() != 2 * channels + 1:
         raise RuntimeError(
             "The recomputation of a checkpointed region must make the calls of its first pass, in their order; got "
@@ -64,17 +78,23 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool) -> tupl
         )
     sums = take() if known is None else known
     for each in first:
-        _record_of(each.region).sums.append(sums)
+        _record_of(each.region).sums[each.path].append(sums)
     return sums, known is None
 
 
-def region_is_open() -> bool:
-    """Whether a region is running: asked while a graph is made, whose operations will not ask again."""
+def graph_site() -> str:
+    """Where the call stands that is being written to a graph; empty if no region is running as the graph is made.
+
+    A graph for the first pass and one for the recomputation may run independent calls in different orders.
+    """
     first, again = _open_passes(True, True, sys._getframe(1))
-    return bool(first) or again is not None
+    if not first and again is None:
+        return ""
+    frames = torch._guards.TracingContext.extract_stack()
+    return "graph " + " ".join(f"{f.filename}:{f.lineno}:{getattr(f, 'colno', '')}" for f in frames)
 
 
-region_is_open._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it as it traces
+graph_site._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it as it traces
 
 
 @contextlib.contextmanager
@@ -124,7 +144,7 @@ def _record_of(region: Any) -> _Record:
     return record
 
 
-def _open_passes(hooked: bool, stacked: bool, caller: FrameType) -> tuple[list[_Pass], _Pass | None]:
+def _open_passes(hooked: bool, stacked: bool, caller: FrameType, site: str = "") -> tuple[list[_Pass], _Pass | None]:
     """The innermost recomputation that is running, and the first passes that are running within it (or at all).
 
     A recomputation among the hooks is within one on the stack: that one is waiting for its saved tensors or its
@@ -134,6 +154,9 @@ def _open_passes(hooked: bool, stacked: bool, caller: FrameType) -> tuple[list[_
     if stacked:
         first_on_stack, again_on_stack = _split(_stacked_passes(caller))
         first, again = first + first_on_stack, again or again_on_stack
+    if site:  # the frames between are the compiler's
+        first = [each._replace(path=(site,)) for each in first]
+        again = None if again is None else again._replace(path=(site,))
     return first, again
 
 
@@ -176,12 +199,13 @@ def _pack_hooks() -> list[Any]:
 
 def _stacked_passes(caller: FrameType | None) -> Iterator[_Pass]:
     """Of reentrant regions, the innermost first, from this frame of the Python stack outwards."""
+    path: list[Hashable] = []
     while caller is not None:
         code = caller.f_code
-        if code.co_name == "unpack_hook" and code.co_filename == torch.utils.checkpoint.__file__:
-            return  # what is further out waits for this non-reentrant recomputation
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
             ctx = caller.f_locals["ctx"]
             if type(ctx).__name__ == "CheckpointFunctionBackward":
-                yield _Pass(ctx, None if code.co_name == "forward" else torch._C._current_graph_task_id())
+                recomputation = None if code.co_name == "forward" else torch._C._current_graph_task_id()
+                yield _Pass(ctx, recomputation, tuple(path))
+        path.append((code, caller.f_lasti))
         caller = caller.f_back

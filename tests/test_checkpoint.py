@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -134,6 +135,36 @@ def test_another_call_in_the_recomputation_is_refused(wrap: Wrap) -> None:
     y = wrap(region, x)
     with pytest.raises(RuntimeError, match="got 4 channels where there were 5"):
         y.sum().backward()
+
+
+def _slope_inside(wrap: Wrap) -> tuple[dict[str, Tensor], int]:
+    layer = syncbn.SyncBatchNorm(4).double()
+
+    def region(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(by_hooks(lambda t: layer(t).sin(), leaf).sum(), leaf)
+            other = layer(leaf + slope).detach()
+        return layer(x + other).sin()
+
+    x = torch.randn(4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    y = wrap(region, x.requires_grad_())
+    with Collectives() as backward:
+        y.backward(torch.ones_like(y).cumsum(0))
+    return {"y": y.detach(), "dx": x.grad}, backward.count
+
+
+def _hidden_calls() -> None:
+    right, _ = _slope_inside(plain)
+    for wrap, collectives in ((by_hooks, 2), (reentrant, 4)):  # a reentrant region does not see the other calls
+        ours, count = _slope_inside(wrap)
+        assert_equal_bits(ours, right)
+        assert count == collectives
+
+
+def test_a_slope_taken_inside_of_a_region(ranks: RankPool) -> None:
+    """Calls under enable_grad, of which a reentrant region knows nothing, get no sums of the calls that it knows."""
+    ranks.run(2, _hidden_calls)
 
 
 def _new_call_in_backward() -> None:
