@@ -1,9 +1,13 @@
 """Running a `Case` through the real layer; the rank side of the oracle."""
 
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +36,8 @@ def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:
     return layer
 
 
+CAN_GENERATE = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+generates = pytest.mark.skipif(not CAN_GENERATE, reason="Inductor needs a C++ compiler and Python's headers")
 TORCH_OF_ITSELF = (
     "No CUDA runtime is found",
     "`torch.jit.script",

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.cases import compiled
+from tests.cases import compiled, generates
 from tests.nets import Net, assert_same_state, assert_step, batch
 from tests.oracle import UNIT, error
 from tests.ranks import RankPool
@@ -51,7 +51,10 @@ def _around(reentrant: bool, compiler: str) -> None:
     assert_same_state(net, right)
 
 
-@pytest.mark.parametrize(("reentrant", "compiler"), [(True, "aot_eager"), (False, "aot_eager"), (False, "inductor")])
+@pytest.mark.parametrize(
+    ("reentrant", "compiler"),
+    [(True, "aot_eager"), (False, "aot_eager"), pytest.param(False, "inductor", marks=generates)],
+)
 def test_checkpoint_around(ranks: RankPool, reentrant: bool, compiler: str) -> None:
     """A compiled net that is a region, run again as a whole, takes the sums of its first pass and moves nothing."""
     ranks.run(2, _around, reentrant, compiler)
