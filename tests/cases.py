@@ -15,7 +15,7 @@ from torch import nn
 import syncbn
 from syncbn import backends
 from tests.oracle import Call, Case, Outcome, compare, make_calls
-from tests.ranks import RankPool
+from tests.ranks import Collectives, RankPool
 
 
 def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:
@@ -69,8 +69,10 @@ def run_case(case: Case, steps: int = 1) -> Outcome:
             layer.zero_grad()
             x = call.x.detach().requires_grad_()
             residual = None if call.residual is None else call.residual.detach().requires_grad_()
-            y = called(x, residual, call.mask)
-            y.backward(call.dy)
+            with Collectives() as forward:
+                y = called(x, residual, call.mask)
+            with Collectives() as backward:
+                y.backward(call.dy)
     return Outcome(
         y.detach(),
         x.grad,
@@ -81,16 +83,23 @@ def run_case(case: Case, steps: int = 1) -> Outcome:
         layer.running_var,
         layer.num_batches_tracked,
         {"x": x.stride(), "y": y.stride(), "dx": x.grad.stride()},
+        (forward.count, backward.count),
     )
 
 
 def check(pool: RankPool, case: Case, steps: int = 1) -> list[Outcome]:
-    """Run the case on as many ranks as it has shapes and hold every rank to the oracle."""
+    """Run the case on as many ranks as it has shapes; hold every rank to the oracle and to one collective each way."""
     outcomes = pool.run(len(case.shapes), run_case, case, steps)
+    hold(case, outcomes, steps)
+    return outcomes
+
+
+def hold(case: Case, outcomes: list[Outcome], steps: int = 1) -> None:
+    """Raise unless the ranks' outcomes are right, alike where they should be, and talked as little as they may."""
     compare(case, outcomes, steps)
-    first = outcomes[0]
+    first, once = outcomes[0], int(len(outcomes) > 1)
+    assert all(outcome.collectives == (once, once) for outcome in outcomes), [o.collectives for o in outcomes]
     for other in outcomes[1:]:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             a, b = getattr(first, name), getattr(other, name)
             assert a is None or torch.equal(a, b), f"{name} differs between ranks"
-    return outcomes

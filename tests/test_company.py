@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import syncbn
-from tests.cases import run_case
+from tests.cases import hold, run_case
 from tests.gpu_device import run_on_cuda
 from tests.nets import Net, batch, sums_taken
 from tests.oracle import UNIT, Case, Outcome, compare, error
@@ -39,7 +39,7 @@ MIXES = [
 @pytest.mark.parametrize(("autocast", "case"), MIXES, ids=str)
 def test_autocast(ranks: RankPool, autocast: torch.dtype, case: Case) -> None:
     """Autocast changes nothing in the layer: it computes in float32 or more from whatever the convolution gives."""
-    compare(case, ranks.run(2, _in_autocast, case, autocast, "cpu"))
+    hold(case, ranks.run(2, _in_autocast, case, autocast, "cpu"))
 
 
 @pytest.mark.gpu
@@ -225,7 +225,9 @@ def _deterministic(case: Case) -> tuple[Outcome, Outcome]:
 )
 def test_deterministic_mode(ranks: RankPool, case: Case) -> None:
     """torch.use_deterministic_algorithms(True) is met, with the same bits as without."""
-    for usual, strict in ranks.run(2, _deterministic, case):
+    results = ranks.run(2, _deterministic, case)
+    hold(case, [strict for _, strict in results])
+    for usual, strict in results:
         for name, value in vars(usual).items():
             if isinstance(value, Tensor):
                 assert torch.equal(getattr(strict, name), value), name

@@ -117,6 +117,16 @@ def test_neighbours_are_fused(ranks: RankPool) -> None:
         assert with_neighbours == alone == [[kernel, reduce, kernel]] * 2
 
 
+def test_eval_is_a_plain_batch_norm() -> None:
+    """What a compiler is given in eval is F.batch_norm, as of nn.BatchNorm2d, and no operator of ours."""
+    torch.compiler.reset()
+    backend = torch._dynamo.testing.EagerAndRecordGraphs()
+    torch.compile(Net().eval(), fullgraph=True, backend=backend)(torch.randn(2, 3, 6, 5))
+    targets = [node.target for graph in backend.graphs for node in graph.graph.nodes]
+    assert targets.count(torch.nn.functional.batch_norm) == Net.LAYERS
+    assert not any("syncbn" in str(target) for target in targets)
+
+
 def _generated_statistics(last: bool) -> None:
     layer = syncbn.SyncBatchNorm(4, momentum=1.0, dtype=torch.float64)
     called = compiled(layer, "inductor")
