@@ -24,14 +24,12 @@ import re
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch._dynamo.utils
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch.nn import functional as F
@@ -45,6 +43,7 @@ from benchmarks.harness import (
     cores,
     environment,
     interleave,
+    on_ranks,
     ratio,
     results_path,
     summarize,
@@ -97,14 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda":
         args.ranks = 1
     results_path(args, "compile").parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as empty:
         if not args.smoke:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "cache")
-        store = str(Path(folder) / "store")
-        if args.ranks == 1:
-            run_rank(0, store, args)
-        else:
-            mp.spawn(run_rank, (store, args), nprocs=args.ranks)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        on_ranks(run_rank, args)
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

@@ -12,12 +12,14 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.multiprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -234,6 +236,16 @@ def arguments(description: str | None, reps: int) -> argparse.ArgumentParser:
     parser.add_argument("--append", action="store_true", help="add rows to the file instead of starting it anew")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the script work?")
     return parser
+
+
+def on_ranks(run_rank: Callable[[int, str, argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """run_rank(rank, store, args) in args.ranks processes, this one if it is one; store is where they meet."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        if args.ranks == 1:
+            run_rank(0, store, args)
+        else:
+            torch.multiprocessing.spawn(run_rank, (store, args), nprocs=args.ranks)
 
 
 def results_path(args: argparse.Namespace, script: str) -> Path:

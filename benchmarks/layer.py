@@ -18,15 +18,12 @@ unsynchronised variants run on all ranks at once too, and share the machine in t
 
 import argparse
 import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from benchmarks import variants
 from benchmarks.checking import Case, check, make_case, oracle
@@ -40,6 +37,7 @@ from benchmarks.harness import (
     cores,
     environment,
     interleave,
+    on_ranks,
     ratio,
     results_path,
     summarize,
@@ -66,12 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         layer_gpu.run(args)
         return
     results_path(args, "layer").parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        if args.ranks == 1:
-            run_rank(0, store, args)
-        else:
-            mp.spawn(run_rank, (store, args), nprocs=args.ranks)
+    on_ranks(run_rank, args)
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ collective among them has itself as its derivative: the gradient of a sum over r
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -181,14 +181,14 @@ def _all_sum_once(sums: Tensor, group_name: str | None, site: str) -> Tensor:
 
 # Operators for torch.compile. Its tracer takes no autograd.Function with a jvp, so all_sum is written down as a call,
 # which what comes next takes apart into the function. all_sum_once stays whole, to look around when the graph runs.
-_library = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]  # torch's own, as below
+_library = library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]  # torch's own, as below
 _library.define(  # type: ignore[no-untyped-call]
     "all_sum(Tensor sums, str? group_name, int tail, Tensor? known=None, str site='') -> Tensor"
 )
 _library.define("all_sum_once(Tensor sums, str? group_name, str site) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("all_sum", _all_sum, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("all_sum_once", _all_sum_once, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake(
+library.register_fake(
     "syncbn::all_sum_once", lambda sums, group_name, site: sums.new_empty(sums.shape[0] + 1), lib=_library
 )
 
