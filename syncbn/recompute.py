@@ -4,6 +4,7 @@ A checkpointed region runs twice, in the forward pass and again in the backward 
     use_reentrant=False   behind the saved-tensor hooks, as the checkpoint's frame,
     use_reentrant=True    on the Python stack, as the ctx of a CheckpointFunction, torch's or another library's.
 The sums of its calls, each of the size of C, hang on that frame or ctx in the order of the calls, and go with it.
+Of what is not recognised so, nothing is recalled: it sums over the ranks anew, alike on all of them.
 """
 
 import contextlib
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 _SEEN = contextlib.nullcontext()
-
 
 Path = tuple[Hashable, ...]
 """Where in a region's code a call is made: the frames between them, each with its place in its function."""
@@ -179,7 +179,7 @@ def _hooked_passes() -> Iterator[_Pass]:
             behind = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
             if "frame" in behind:
                 yield _Pass(behind["frame"], None)
-            else:
+            elif "target_frame_ref" in behind:
                 yield _Pass(behind["target_frame_ref"](), pack)
 
 
