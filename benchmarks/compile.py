@@ -14,7 +14,8 @@ are not averaged over the ranks, so that their only collectives are the batch no
 each eager and under torch.compile(fullgraph=True), from an empty cache. All take turns in the same processes.
 Before timing, logits and the first convolution's gradient are held to a float64 model of all that is synchronised.
 first_seconds is the first pass, compilation and all; kernels are calls of generated code in a step, convolutions and
-collectives apart; graph_breaks and graphs are Dynamo's counts. --smoke generates no code.
+collectives apart; graph_breaks and graphs are Dynamo's counts: on a GPU one graph for the check, in float32, and one
+for the step. --smoke generates no code.
 """
 
 import argparse
@@ -53,6 +54,7 @@ from benchmarks.layer import agreed, say, slowest
 from benchmarks.resnet import NORMS, ResNet50
 from benchmarks.step import GRADIENT, LOGITS, Batch
 from tests.oracle import error
+from tests.ranks import Collectives
 
 COLUMNS = (
     *ENVIRONMENT,
@@ -115,6 +117,7 @@ def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
     """One rank's part of every comparison; rank 0 writes."""
     device = torch.device(args.device)
     torch.set_num_threads(max(1, cores() // args.ranks))
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the check is in float32
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
     try:
         results = Results(results_path(args, "compile") if rank == 0 else None, COLUMNS, args.append)
@@ -176,9 +179,9 @@ class Entrant:
             counters = torch._dynamo.utils.counters
             self.found["graphs"] = counters["stats"]["unique_graphs"]
             self.found["graph_breaks"] = sum(counters["graph_break"].values())
-        before = _collectives()
-        self.step()
-        self.found["collectives"] = _collectives() - before
+        with Collectives() as collectives:
+            self.step()
+        self.found["collectives"] = collectives.count
 
     def step(self) -> None:
         images, labels = self.batch
@@ -234,10 +237,6 @@ def repetition(entrant: Entrant) -> Sample:
     if cuda:
         torch.cuda.synchronize()
     return {"step": time.perf_counter() - start}
-
-
-def _collectives() -> int:
-    return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]  # initialised
 
 
 def _format(layout: str) -> torch.memory_format:

@@ -62,7 +62,9 @@ def _scaled() -> None:
         before = [p.detach().clone() for p in net.parameters()]
         if overflow and dist.get_rank() == 1:
             dy[0, 0] = float("inf")
-        scaler.scale((model(x) * dy).sum()).backward()
+        with sums_taken() as taken:
+            scaler.scale((model(x) * dy).sum()).backward()
+        assert taken == [2 * 8 + 1] * Net.LAYERS + [2 * 8] * Net.LAYERS
         scaler.step(optimizers[0])
         scaler.update()
         if overflow:  # on one rank, but its gradients reached all of them

@@ -80,22 +80,26 @@ def train_ranks(mode: str, broadcast_buffers: bool) -> dict[str, Tensor]:
     own = {mode: True} if mode in FLAGS else {}
     model = DistributedDataParallel(net, process_group=group, **{flag: broadcast_buffers, **own})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for step in batches(world_size, parts=2 if mode in ("no_sync", "twice") else 1):
+    parts = 2 if mode in ("no_sync", "twice") else 1
+    layers = sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in net.modules())
+    for step in batches(world_size, parts):
         optimizer.zero_grad()
-        mine = step[rank::world_size]
-        if mode == "no_sync":
-            with model.no_sync():
-                loss_of(model(mine[0]), mine[0]).div(2).backward()
-            loss_of(model(mine[1]), mine[1]).div(2).backward()
-        elif mode == "twice":
-            sum(loss_of(model(x), x) / 2 for x in mine).backward()
-        else:
-            with sums_taken() as taken:
-                loss_of(model(mine[0]), mine[0]).backward()
-            layers = sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in net.modules())
-            assert taken == [2 * 6 + 1] * layers + [2 * 6] * layers
+        with sums_taken() as taken:
+            _backward(model, step[rank::world_size], mode)
+        assert sorted(taken) == [2 * 6] * layers * parts + [2 * 6 + 1] * layers * parts  # six channels
         optimizer.step()
     return state(net)
+
+
+def _backward(model: DistributedDataParallel, mine: list[Tensor], mode: str) -> None:
+    if mode == "no_sync":
+        with model.no_sync():
+            loss_of(model(mine[0]), mine[0]).div(2).backward()
+        loss_of(model(mine[1]), mine[1]).div(2).backward()
+    elif mode == "twice":
+        sum(loss_of(model(x), x) / 2 for x in mine).backward()
+    else:
+        loss_of(model(mine[0]), mine[0]).backward()
 
 
 def train_alone(world_size: int, mode: str, members: slice = slice(None)) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ and `shared` are parameters whose gradients the ranks add up. Each is the other'
 differentiated as often as one likes, and every rank computes the same numbers throughout.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,58 +15,46 @@ from torch import Tensor
 
 def part(t: Tensor) -> Tensor:
     """This rank's of the world_size equal parts of (N, …)."""
-    return _Part.apply(t)
+    return _Linear.apply(t, _cut, _joined)
 
 
 def whole(t: Tensor) -> Tensor:
     """All ranks' parts, in rank order."""
-    return _Whole.apply(t)
+    return _Linear.apply(t, _joined, _cut)
 
 
 def shared(t: Tensor) -> Tensor:
     """t, the same on every rank; its gradient is the sum of the ranks' gradients."""
-    return _Shared.apply(t)
+    return _Linear.apply(t, Tensor.clone, _summed)
 
 
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.chunk(dist.get_world_size())[dist.get_rank()].clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Whole.apply(grad)
+Map = Callable[[Tensor], Tensor]
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, t.contiguous())
-        return torch.cat(parts)
+class _Linear(torch.autograd.Function):
+    """A linear map, whose derivative is its adjoint: the adjoint's derivative is the map again."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Part.apply(grad)
-
-
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.clone()
+    def forward(ctx: Any, t: Tensor, function: Map, adjoint: Map) -> Tensor:
+        ctx.function, ctx.adjoint = function, adjoint
+        return function(t)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Summed.apply(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Linear.apply(grad, ctx.adjoint, ctx.function), None, None
 
 
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        t = t.clone()
-        dist.all_reduce(t)
-        return t
+def _cut(t: Tensor) -> Tensor:
+    return t.chunk(dist.get_world_size())[dist.get_rank()].clone()
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Shared.apply(grad)
+
+def _joined(t: Tensor) -> Tensor:
+    parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
+def _summed(t: Tensor) -> Tensor:
+    t = t.clone()
+    dist.all_reduce(t)
+    return t
