@@ -14,6 +14,7 @@ from syncbn import comm
 from syncbn.backends import ACTIVATIONS
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
@@ -54,20 +55,28 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
 
 
 def check_running(
+    x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
 ) -> None:
-    """Both statistics or neither; momentum None needs the counter."""
+    """Both statistics or neither; momentum None needs the counter, an integer on x's device."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"running_mean and running_var come together; got no {missing}. Pass both or neither.")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
         raise ValueError(
             "momentum=None is the cumulative average and needs num_batches_tracked; got none. "
-            "Pass num_batches_tracked=torch.tensor(0), or a momentum."
+            "Pass num_batches_tracked=torch.tensor(0, device=input.device), or a momentum."
         )
+    if num_batches_tracked is not None:
+        if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype not in COUNTERS:
+            raise TypeError(
+                "num_batches_tracked must be one integer in a Tensor; got shape "
+                f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}. Use torch.tensor(0)."
+            )
+        _check_device(x, "num_batches_tracked", num_batches_tracked)
 
 
 def check_activation(activation: str | None) -> None:

@@ -67,7 +67,7 @@ def sync_batch_norm(
     """
     checks.check_input(input)
     checks.check_channels(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    checks.check_running(running_mean, running_var, num_batches_tracked, momentum)
+    checks.check_running(input, running_mean, running_var, num_batches_tracked, momentum)
     checks.check_activation(activation)
     checks.check_residual(input, residual)
     mask = checks.check_mask(input, mask)

@@ -1,6 +1,7 @@
 """Running a `Case` on a CUDA device."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -45,8 +46,10 @@ def run_on_cuda(case: Case, steps: int = 1) -> Outcome:
 @contextlib.contextmanager
 def no_synchronization() -> Iterator[None]:
     """Any wait of the host for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

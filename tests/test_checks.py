@@ -113,6 +113,24 @@ def test_cumulative_average_needs_a_counter() -> None:
         syncbn.functional.sync_batch_norm(torch.ones(X), torch.zeros(3), torch.ones(3), training=True, momentum=None)
 
 
+COUNTERS: dict[str, tuple[type[Exception], str, torch.Tensor]] = {
+    "device": (ValueError, "num_batches_tracked must be on the device of input, meta; got cpu", torch.tensor(0)),
+    "dtype": (TypeError, "one integer in a Tensor; got shape () of torch.float32", torch.tensor(0.0, device="meta")),
+    "size": (TypeError, "got shape (2,) of torch.int64", torch.zeros(2, dtype=torch.int64, device="meta")),
+}
+
+
+@pytest.mark.parametrize(("kind", "text", "counter"), COUNTERS.values(), ids=COUNTERS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_counter_that_no_kernel_can_count_is_refused(
+    kind: type[Exception], text: str, counter: torch.Tensor, momentum: float | None
+) -> None:
+    """num_batches_tracked is one integer on the input's device, whatever that is."""
+    x, mean, var = (torch.ones(size, device="meta") for size in (X, X[1:2], X[1:2]))
+    with pytest.raises(kind, match=re.escape(text)):
+        syncbn.functional.sync_batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
+
+
 def _stranger() -> None:
     group = dist.new_group([0])
     layer = syncbn.SyncBatchNorm(3, process_group=group)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import syncbn
-from tests.cases import check, compiled, generates
+from tests.cases import check, compiled, generates, let_torch_warn_of_itself
 from tests.nets import Net, assert_same_state, assert_step, batch
 from tests.oracle import UNIT, Case, error, in_layout
 from tests.ranks import Collectives, RankPool
@@ -164,6 +164,7 @@ def test_a_wrong_argument_is_the_same_error(ranks: RankPool) -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_on_a_device(mode: str) -> None:
     """Generated for a GPU, and replayed as a CUDA graph, steps are eager's; buffers move once a step."""
+    let_torch_warn_of_itself()
     torch.compiler.reset()
     layer = syncbn.SyncBatchNorm(16, activation="relu").cuda()
     right = copy.deepcopy(layer)

@@ -157,7 +157,8 @@ def test_two_kernels_a_direction() -> None:
     dy = torch.randn_like(x)
     torch.autograd.grad(layer(x, residual), (x, layer.weight, layer.bias), dy)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # acc_events: without it the profiler of torch 2.11 warns that it forgets
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         torch.autograd.grad(layer(x, residual), (x, layer.weight, layer.bias), dy)
         torch.cuda.synchronize()
     ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -45,7 +45,7 @@ def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
         return batch_sums(_copied(x, "x", plan), None if mask is None else _copied(mask, "mask", plan))
     channels = x.shape[1]
     sums = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
-    partials, semaphores = workspace(x.device, plan.splits * (2 * channels + 1), plan.groups)
+    partials, semaphores = workspace(x.device, plan.partials, plan.semaphores)
     launch(plan.kernel, plan.grid, (x, mask, partials, semaphores, sums), plan.integers)
     return sums
 
@@ -103,7 +103,7 @@ def grad_sums(
     dsums = torch.empty(2 * channels, dtype=torch.float64, device=x.device)
     dweight = None if weight is None else torch.empty(channels, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(channels, dtype=bias.dtype, device=x.device)
-    work = workspace(x.device, plan.splits * 2 * channels, plan.groups)
+    work = workspace(x.device, plan.partials, plan.semaphores)
     parameters = (mean, invstd, _packed(weight), _packed(bias))
     launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, *work, dsums, dweight, dbias), plan.integers)
     return dsums, dweight, dbias

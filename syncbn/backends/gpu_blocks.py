@@ -14,14 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
-def program_share(pid, outer, inner, columns, per_program, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr):
-    """group, number of groups and split of a program, its tiles [start, stop), tiles in an outer index"""
-    groups = tl.cdiv(columns, BLOCK_C)
-    tiles_inner = tl.cdiv(inner, BLOCK_I)
+def program_share(pid, outer, inner, columns, GROUP: tl.constexpr, BLOCK_I: tl.constexpr):
+    """group, number of groups; split, number of splits, how many tiles are this split's; tiles in an outer index"""
+    groups = tl.cdiv(columns, GROUP)
+    splits = tl.num_programs(0) // groups
     split = pid // groups
-    start = split * per_program
-    stop = tl.minimum(start + per_program, outer * tiles_inner).to(tl.int32)
-    return pid % groups, groups, split, start, stop, tl.maximum(tiles_inner, 1).to(tl.int32)
+    tiles_inner = tl.cdiv(inner, BLOCK_I)
+    count = tl.cdiv(tl.maximum(outer * tiles_inner - split, 0), splits).to(tl.int32)
+    return pid % groups, groups, split, splits, count, tl.maximum(tiles_inner, 1).to(tl.int32)
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def scaled(size, along: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def tile_valid(
-    t, column, inner, columns, positions,
-    FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    t, column, inner, columns, positions, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
     """which elements (BLOCK_C, BLOCK_I) of tile t exist; a folded row may end anywhere"""
     c = tl.arange(0, BLOCK_C)[:, None]
@@ -46,16 +46,54 @@ def tile_valid(
     elif FOLD:
         return (c < columns) & (i * columns + c < positions * FOLD - t * BLOCK_I * columns)
     elif WIDE:
-        return (c < columns - column) & (i.to(tl.int64) < inner - t.to(tl.int64) * BLOCK_I)
+        return (c < tl.minimum(columns - column, GROUP)) & (i.to(tl.int64) < inner - t.to(tl.int64) * BLOCK_I)
     else:
-        return (c < columns - column) & (i < inner - t * BLOCK_I)
+        return (c < tl.minimum(columns - column, GROUP)) & (i < inner - t * BLOCK_I)
 
 
 @triton.jit
-def next_tile(o, t, tiles_inner):
-    """the tile after tile t of outer index o"""
-    wrap = t + 1 == tiles_inner
-    return tl.where(wrap, o + 1, o), tl.where(wrap, 0, t + 1)
+def tile_at(tile, tiles_inner):
+    """outer index o of a tile, and which one of o's it is"""
+    return tile // tiles_inner, tile % tiles_inner
+
+
+@triton.jit
+def next_tile(o, t, splits, tiles_inner):
+    """the tile `splits` tiles after tile t of outer index o"""
+    t += splits % tiles_inner
+    wraps = t >= tiles_inner
+    return o + splits // tiles_inner + wraps.to(tl.int32), tl.where(wraps, t - tiles_inner, t)
+
+
+@triton.jit
+def mirrored(o, t, outer, tiles_inner):
+    """the tile as far from the end as this one is from the start: it comes last, so it is what L2 still holds"""
+    return outer - 1 - o, tiles_inner - 1 - t
+
+
+@triton.jit
+def channels_of(columns, FOLD: tl.constexpr, PLANE: tl.constexpr):
+    """the number of channels"""
+    if FOLD:
+        return FOLD
+    elif PLANE:
+        return columns // PLANE
+    else:
+        return columns
+
+
+@triton.jit
+def lanes_of(group, columns, FOLD: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """of each column (BLOCK_C) of a group: its channel, whether it exists, whether it is the first of its channel"""
+    c = tl.arange(0, BLOCK_C)
+    column = group * GROUP + c
+    exists = (c < GROUP) & (column < columns)
+    if FOLD:
+        return column % FOLD, exists, column < FOLD
+    elif PLANE:
+        return column // PLANE, exists, exists & (c % PLANE == 0)
+    else:
+        return column, exists, exists
 
 
 @triton.jit

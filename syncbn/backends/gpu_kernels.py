@@ -2,7 +2,7 @@
 # The line above: this is Triton's language; its types are the compiler's and mypy knows none of them.
 """The two forward verbs as kernels: one launch each, nothing allocated, nothing read back to the host.
 
-Tensors (N, C, *S) are addressed as (outer, C, inner) by strides; see gpu_tiles.py. A grid is groups of columns ×
+Tensors (N, C, *S) are addressed as (outer, columns, inner) by strides; see gpu_tiles.py. A grid is groups of columns ×
 splits of tiles. Sums over a program's tiles are kept per lane in float32 (float64 for float64) and leave it as
 float64; the last program of a group adds the programs' partials in the order of the splits, so bits repeat.
 """
@@ -13,92 +13,105 @@ import triton.language as tl
 from syncbn.backends.gpu_blocks import (
     activate,
     channel_params,
+    channels_of,
     counted,
+    lanes_of,
+    mirrored,
     next_tile,
     pre_activation,
     program_share,
     scaled,
+    tile_at,
     tile_pointers,
     tile_valid,
 )
 from syncbn.backends.gpu_sums import (
-    arrive,
+    add_rows,
+    channel_sums,
+    column_sums,
     combine,
+    counted_sums,
     inverse_std,
-    lane_sums,
-    masked_lane_sums,
     moments_of,
     move_running,
-    raw_sums,
-    store_partial,
+    sum_lanes,
 )
 
-SIZES = ["outer", "inner", "columns", "positions", "per_program"]
+SIZES = ["outer", "inner", "columns", "positions"]
 X = [*SIZES, "x_stride_o", "x_stride_c", "x_stride_i", "mask_stride_o", "mask_stride_i"]
 Y = ["y_stride_o", "y_stride_c", "y_stride_i"]
 RESIDUAL = ["residual_stride_o", "residual_stride_c", "residual_stride_i"]
 # Sizes and strides are not specialised on their values: a new shape is new numbers, not a new compilation.
 
+WORK = ["mask_ptr", "partials_ptr", "semaphores_ptr"]
+PARAMETERS = ["weight_ptr", "bias_ptr", "mean_ptr", "invstd_ptr"]
+# Nor are pointers on their alignment, but those of activations: a parameter may begin anywhere in a flat one.
+
 # The formatter would give each number a line of its own.
 # fmt: off
 
 
-@triton.jit(do_not_specialize=X)
+@triton.jit(do_not_specialize=X, do_not_specialize_on_alignment=[*WORK, "sums_ptr"])
 def batch_sums_kernel(
     x_ptr,  # (N, C, *S)
     mask_ptr,  # (N, *S) bool, or None
-    partials_ptr,  # (splits, 2C + 1) float64
-    semaphore_ptr,  # (groups) int32, all 0
+    partials_ptr,  # float64 scratch: what combine keeps, then (splits) counts if there is a mask
+    semaphores_ptr,  # int32, all 0: those of combine
     sums_ptr,  # (2C + 1) float64: the result
-    outer, inner, columns, positions, per_program,
+    outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
-    """[Σx, Σx², count]: Σx = Σd + n·k, Σx² = Σd² + 2k·Σd + n·k² with d = x − k, k the mean of the lanes' pivots"""
+    """[Σx, Σx², count], by way of d = x − k, for which float32 is enough: see column_sums"""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     inner = scaled(inner, "planes", KIND, ALIGN)
     columns = scaled(columns, "rows", KIND, ALIGN)
     positions = positions * ALIGN if FOLD else positions
-    group, groups, split, start, stop, tiles_inner = program_share(
-        tl.program_id(0), outer, inner, columns, per_program, BLOCK_C, BLOCK_I
+    group, groups, split, splits, tiles, tiles_inner = program_share(
+        tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
     )
-    column = group * BLOCK_C
-    if mask_ptr is None:
-        n, pivot, total, total_sq = lane_sums(
-            x_ptr, column, start, stop, tiles_inner, inner, columns, positions,
-            x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I, DTYPE,
+    column = group * GROUP
+    if mask_ptr is None and (EVEN or not FOLD):
+        n, sum_x, sum_sq = column_sums(
+            x_ptr, column, split, splits, tiles, tiles_inner, inner, columns, positions,
+            x_stride_o, x_stride_c, x_stride_i,
+            KIND, ALIGN, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
         )
     else:
-        n, pivot, total, total_sq = masked_lane_sums(
-            x_ptr, mask_ptr, column, start, stop, tiles_inner, inner, columns, positions,
+        n, sum_x, sum_sq = counted_sums(
+            x_ptr, mask_ptr, column, split, splits, tiles, tiles_inner, inner, columns, positions,
             x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-            KIND, ALIGN, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I, DTYPE,
+            KIND, ALIGN, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
         )
-    count, sum_x, sum_sq = raw_sums(n, pivot, total, total_sq)
-    channels = FOLD if FOLD else columns
-    splits = tl.num_programs(0) // groups
-    row = 2 * channels + 1
-    lane = column + tl.arange(0, BLOCK_C)
-    mine = partials_ptr + split.to(tl.int64) * row
-    store_partial(mine, sum_x, column, columns, FOLD, BLOCK_C)
-    store_partial(mine + channels, sum_sq, column, columns, FOLD, BLOCK_C)
+    teams = tl.cdiv(splits, TEAM) if TEAM else 0
+    counts_ptr = partials_ptr + (groups * (splits + teams)).to(tl.int64) * (2 * BLOCK_K)
     if mask_ptr is not None:
-        tl.store(mine + 2 * channels + lane, count, mask=lane == 0)
-    if arrive(semaphore_ptr + group, splits):
-        sum_x = combine(partials_ptr, row, splits, column, channels, BLOCK_C, BLOCK_S)
-        sum_sq = combine(partials_ptr + channels, row, splits, column, channels, BLOCK_C, BLOCK_S)
-        tl.store(sums_ptr + lane, sum_x, mask=lane < channels)
-        tl.store(sums_ptr + channels + lane, sum_sq, mask=lane < channels)
+        c = tl.arange(0, BLOCK_C)
+        tl.store(counts_ptr + split + c, n, mask=c + group == 0)  # n of column 0 is that of all
+    is_last, total = combine(
+        partials_ptr, semaphores_ptr, group, groups, split, splits,
+        channel_sums(sum_x, FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P),
+        channel_sums(sum_sq, FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P), BLOCK_K, TEAM, BLOCK_S,
+    )
+    if is_last:
+        channels = channels_of(columns, FOLD, PLANE)
+        which, k, is_real = sum_lanes(group, channels, FOLD, PLANE, GROUP, BLOCK_K)
+        tl.store(sums_ptr + which * channels + k, total, mask=is_real)
         if group == 0:
             if mask_ptr is None:
                 tl.store(sums_ptr + 2 * channels, positions.to(tl.float64))
             else:
-                counts = combine(partials_ptr + 2 * channels, row, splits, 0, 1, 1, BLOCK_S)
-                tl.store(sums_ptr + 2 * channels + tl.arange(0, 1), counts)
+                tl.store(sums_ptr + 2 * channels + tl.arange(0, 1), add_rows(counts_ptr, splits, 1, BLOCK_S))
 
 
-@triton.jit(do_not_specialize=[*X, *Y, *RESIDUAL])
+@triton.jit(
+    do_not_specialize=[*X, *Y, *RESIDUAL],
+    do_not_specialize_on_alignment=[
+        *WORK, *PARAMETERS, "sums_ptr", "running_mean_ptr", "running_var_ptr", "tracked_ptr",
+    ],
+)
 def normalize_kernel(
     x_ptr,  # (N, C, *S)
     residual_ptr,  # (N, C, *S), or None
@@ -109,50 +122,47 @@ def normalize_kernel(
     running_mean_ptr,  # (C), or None
     running_var_ptr,  # (C), or None
     tracked_ptr,  # (1) integer, or None
-    semaphore_ptr,  # (1) int32, 0; used if CUMULATIVE
+    semaphores_ptr,  # (1) int32, 0; used if CUMULATIVE
     y_ptr,  # (N, C, *S): the result
     mean_ptr,  # (C) float32 or float64: result
     invstd_ptr,  # (C) of mean's dtype: result
     eps, eps_rest, momentum, momentum_rest,  # each a float32 and what that leaves of a float64
-    outer, inner, columns, positions, per_program,
+    outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
-    EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, CUMULATIVE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    CUMULATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """y = activation((x − mean)·invstd·weight + bias + residual); the first split of a group moves its buffers"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
     inner = scaled(inner, "planes", KIND, ALIGN)
     columns = scaled(columns, "rows", KIND, ALIGN)
     positions = positions * ALIGN if FOLD else positions
-    group, groups, split, start, stop, tiles_inner = program_share(  # from the end, which batch_sums left in L2
-        tl.num_programs(0) - 1 - tl.program_id(0), outer, inner, columns, per_program, BLOCK_C, BLOCK_I
+    group, groups, split, splits, tiles, tiles_inner = program_share(
+        tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
     )
-    column = group * BLOCK_C
-    lane = column + tl.arange(0, BLOCK_C)
-    exists = lane < columns
-    channel = lane % FOLD if FOLD else lane
-    channels = FOLD if FOLD else columns
-    weight = channel_params(weight_ptr, channel, exists, 1.0, DTYPE)
-    bias = channel_params(bias_ptr, channel, exists, 0.0, DTYPE)[:, None]
-    mean64, var64, count = moments_of(sums_ptr, channel, exists, channels)
+    channel, here, is_first = lanes_of(group, columns, FOLD, PLANE, GROUP, BLOCK_C)
+    weight = channel_params(weight_ptr, channel, here, 1.0, DTYPE)
+    bias = channel_params(bias_ptr, channel, here, 0.0, DTYPE)[:, None]
+    mean64, var64, count = moments_of(sums_ptr, channel, here, channels_of(columns, FOLD, PLANE))
     mean = mean64.to(DTYPE)
     invstd = inverse_std(var64 + eps + eps_rest, DTYPE)
     if split == 0:
-        tl.store(mean_ptr + channel, mean, mask=lane < channels)
-        tl.store(invstd_ptr + channel, invstd, mask=lane < channels)
+        tl.store(mean_ptr + channel, mean, mask=is_first)
+        tl.store(invstd_ptr + channel, invstd, mask=is_first)
         if running_mean_ptr is not None:
             move_running(
-                running_mean_ptr, running_var_ptr, tracked_ptr, semaphore_ptr, group, groups,
-                channel, lane < channels, mean64, var64, count, momentum, momentum_rest, CUMULATIVE,
+                running_mean_ptr, running_var_ptr, tracked_ptr, semaphores_ptr, group, groups,
+                channel, is_first, mean64, var64, count, momentum, momentum_rest, CUMULATIVE,
             )
     mean = mean[:, None]
     scale = (invstd * weight)[:, None]
-    o = start // tiles_inner
-    t = start % tiles_inner
-    for _ in range(start, stop):
-        valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
+    column = group * GROUP
+    o_next, t_next = tile_at(split, tiles_inner)
+    for _ in tl.range(0, tiles, num_stages=STAGES):
+        o, t = mirrored(o_next, t_next, outer, tiles_inner)
+        valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
@@ -168,4 +178,4 @@ def normalize_kernel(
             y_ptr, o, t, column, y_stride_o, y_stride_c, y_stride_i, KIND_Y, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=valid)
-        o, t = next_tile(o, t, tiles_inner)
+        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner)

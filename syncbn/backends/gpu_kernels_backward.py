@@ -7,16 +7,20 @@ import triton.language as tl
 
 from syncbn.backends.gpu_blocks import (
     channel_params,
+    channels_of,
     counted,
     grad_pre_activation,
+    lanes_of,
+    mirrored,
     next_tile,
     program_share,
     scaled,
+    tile_at,
     tile_pointers,
     tile_valid,
 )
-from syncbn.backends.gpu_kernels import RESIDUAL, X, Y
-from syncbn.backends.gpu_sums import arrive, combine, store_as, store_partial
+from syncbn.backends.gpu_kernels import PARAMETERS, RESIDUAL, WORK, X, Y
+from syncbn.backends.gpu_sums import add_two, channel_sums, combine, store_as, sum_lanes
 
 DY = ["dy_stride_o", "dy_stride_c", "dy_stride_i"]
 
@@ -24,7 +28,10 @@ DY = ["dy_stride_o", "dy_stride_c", "dy_stride_i"]
 # fmt: off
 
 
-@triton.jit(do_not_specialize=[*X, *DY, *RESIDUAL])
+@triton.jit(
+    do_not_specialize=[*X, *DY, *RESIDUAL],
+    do_not_specialize_on_alignment=[*WORK, *PARAMETERS, "dsums_ptr", "dweight_ptr", "dbias_ptr"],
+)
 def grad_sums_kernel(
     dy_ptr,  # (N, C, *S)
     x_ptr,  # (N, C, *S)
@@ -34,40 +41,38 @@ def grad_sums_kernel(
     invstd_ptr,  # (C) of mean's dtype
     weight_ptr,  # (C), or None
     bias_ptr,  # (C), or None
-    partials_ptr,  # (splits, 2C) float64
-    semaphore_ptr,  # (groups) int32, all 0
+    partials_ptr,  # float64 scratch: what combine keeps
+    semaphores_ptr,  # int32, all 0: those of combine
     dsums_ptr,  # (2C) float64: the result
     dweight_ptr,  # (C) of weight's dtype: result, or None
     dbias_ptr,  # (C) of bias's dtype: result, or None
-    outer, inner, columns, positions, per_program,
+    outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_DY: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
-    EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """[Σdz, Σdz·x̂], dweight = Σdz·x̂, dbias = Σdz with dz = dy·activation′(z) and x̂ = (x − mean)·invstd"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
     inner = scaled(inner, "planes", KIND, ALIGN)
     columns = scaled(columns, "rows", KIND, ALIGN)
     positions = positions * ALIGN if FOLD else positions
-    group, groups, split, start, stop, tiles_inner = program_share(
-        tl.program_id(0), outer, inner, columns, per_program, BLOCK_C, BLOCK_I
+    group, groups, split, splits, tiles, tiles_inner = program_share(
+        tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
     )
-    column = group * BLOCK_C
-    lane = column + tl.arange(0, BLOCK_C)
-    channel = lane % FOLD if FOLD else lane
-    channels = FOLD if FOLD else columns
-    mean = channel_params(mean_ptr, channel, lane < columns, 0.0, DTYPE)[:, None]
-    invstd = channel_params(invstd_ptr, channel, lane < columns, 0.0, DTYPE)
-    scale = (invstd * channel_params(weight_ptr, channel, lane < columns, 1.0, DTYPE))[:, None]
-    bias = channel_params(bias_ptr, channel, lane < columns, 0.0, DTYPE)[:, None]
+    channel, here, _is_first = lanes_of(group, columns, FOLD, PLANE, GROUP, BLOCK_C)
+    mean = channel_params(mean_ptr, channel, here, 0.0, DTYPE)[:, None]
+    invstd = channel_params(invstd_ptr, channel, here, 0.0, DTYPE)
+    scale = (invstd * channel_params(weight_ptr, channel, here, 1.0, DTYPE))[:, None]
+    bias = channel_params(bias_ptr, channel, here, 0.0, DTYPE)[:, None]
     sum_dz = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     sum_dz_d = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
-    o = start // tiles_inner
-    t = start % tiles_inner
-    for _ in range(start, stop):
-        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
+    column = group * GROUP
+    o, t = tile_at(split, tiles_inner)
+    for _ in tl.range(0, tiles, num_stages=STAGES):
+        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         valid = counted(mask_ptr, o, t, mask_stride_o, mask_stride_i, exists, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
@@ -82,25 +87,28 @@ def grad_sums_kernel(
         )
         sum_dz += dz
         sum_dz_d = tl.fma(dz, x - mean, sum_dz_d)
-        o, t = next_tile(o, t, tiles_inner)
-    splits = tl.num_programs(0) // groups
-    mine = partials_ptr + split.to(tl.int64) * (2 * channels)
-    store_partial(mine, tl.sum(sum_dz, axis=1).to(tl.float64), column, columns, FOLD, BLOCK_C)
-    sum_dz_xhat = tl.sum(sum_dz_d, axis=1).to(tl.float64) * invstd.to(tl.float64)
-    store_partial(mine + channels, sum_dz_xhat, column, columns, FOLD, BLOCK_C)
-    if arrive(semaphore_ptr + group, splits):
-        exists = lane < channels
-        dbias = combine(partials_ptr, 2 * channels, splits, column, channels, BLOCK_C, BLOCK_S)
-        dweight = combine(partials_ptr + channels, 2 * channels, splits, column, channels, BLOCK_C, BLOCK_S)
-        tl.store(dsums_ptr + lane, dbias, mask=exists)
-        tl.store(dsums_ptr + channels + lane, dweight, mask=exists)
+        o, t = next_tile(o, t, splits, tiles_inner)
+    sum_dz, sum_dz_d = tl.reduce((sum_dz, sum_dz_d), 1, add_two)
+    sum_dz_xhat = sum_dz_d.to(tl.float64) * invstd.to(tl.float64)
+    is_last, total = combine(
+        partials_ptr, semaphores_ptr, group, groups, split, splits,
+        channel_sums(sum_dz.to(tl.float64), FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P),
+        channel_sums(sum_dz_xhat, FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P), BLOCK_K, TEAM, BLOCK_S,
+    )
+    if is_last:
+        channels = channels_of(columns, FOLD, PLANE)
+        which, k, is_real = sum_lanes(group, channels, FOLD, PLANE, GROUP, BLOCK_K)
+        tl.store(dsums_ptr + which * channels + k, total, mask=is_real)
         if dbias_ptr is not None:
-            store_as(dbias_ptr + lane, dbias, exists)
+            store_as(dbias_ptr + k, total, is_real & (which == 0))
         if dweight_ptr is not None:
-            store_as(dweight_ptr + lane, dweight, exists)
+            store_as(dweight_ptr + k, total, is_real & (which == 1))
 
 
-@triton.jit(do_not_specialize=[*X, *Y, *DY, *RESIDUAL])
+@triton.jit(
+    do_not_specialize=[*X, *Y, *DY, *RESIDUAL],
+    do_not_specialize_on_alignment=["mask_ptr", *PARAMETERS, "dsums_ptr", "count_ptr"],
+)
 def grad_input_kernel(
     dy_ptr,  # (N, C, *S)
     x_ptr,  # (N, C, *S)
@@ -114,41 +122,40 @@ def grad_input_kernel(
     count_ptr,  # (1) float64, of all ranks
     dx_ptr,  # (N, C, *S): result, or None
     dresidual_ptr,  # (N, C, *S): result, or None
-    outer, inner, columns, positions, per_program,
+    outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, dy_stride_o, dy_stride_c, dy_stride_i,
     residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_DY: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr,
-    FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    FOLD: tl.constexpr, PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dx = scale·(dz − Σdz/n + slope·(x − mean)), slope = −invstd·Σdz·x̂/n, scale = invstd·weight; dresidual = dz"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
     inner = scaled(inner, "planes", KIND, ALIGN)
     columns = scaled(columns, "rows", KIND, ALIGN)
     positions = positions * ALIGN if FOLD else positions
-    group, _groups, _split, start, stop, tiles_inner = program_share(  # from the end, which grad_sums left in L2
-        tl.num_programs(0) - 1 - tl.program_id(0), outer, inner, columns, per_program, BLOCK_C, BLOCK_I
+    group, _groups, split, splits, tiles, tiles_inner = program_share(
+        tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
     )
-    column = group * BLOCK_C
-    lane = column + tl.arange(0, BLOCK_C)
-    channel = lane % FOLD if FOLD else lane
-    channels = FOLD if FOLD else columns
-    mean = channel_params(mean_ptr, channel, lane < columns, 0.0, DTYPE)[:, None]
-    invstd = channel_params(invstd_ptr, channel, lane < columns, 0.0, DTYPE)
-    scale = invstd * channel_params(weight_ptr, channel, lane < columns, 1.0, DTYPE)
-    bias = channel_params(bias_ptr, channel, lane < columns, 0.0, DTYPE)[:, None]
+    channel, here, _is_first = lanes_of(group, columns, FOLD, PLANE, GROUP, BLOCK_C)
+    channels = channels_of(columns, FOLD, PLANE)
+    mean = channel_params(mean_ptr, channel, here, 0.0, DTYPE)[:, None]
+    invstd = channel_params(invstd_ptr, channel, here, 0.0, DTYPE)
+    scale = invstd * channel_params(weight_ptr, channel, here, 1.0, DTYPE)
+    bias = channel_params(bias_ptr, channel, here, 0.0, DTYPE)[:, None]
     if dx_ptr is not None:
         share = 1.0 / tl.maximum(tl.load(count_ptr), 1.0)
-        mean_dz = tl.load(dsums_ptr + channel, mask=lane < columns, other=0.0) * share
-        slope = tl.load(dsums_ptr + channels + channel, mask=lane < columns, other=0.0) * share * invstd
+        mean_dz = tl.load(dsums_ptr + channel, mask=here, other=0.0) * share
+        slope = tl.load(dsums_ptr + channels + channel, mask=here, other=0.0) * share * invstd
         mean_dz = mean_dz.to(DTYPE)[:, None]
         slope = tl.broadcast_to(-slope.to(DTYPE)[:, None], (BLOCK_C, BLOCK_I))
     scale = scale[:, None]
-    o = start // tiles_inner
-    t = start % tiles_inner
-    for _ in range(start, stop):
-        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
+    column = group * GROUP
+    o_next, t_next = tile_at(split, tiles_inner)
+    for _ in tl.range(0, tiles, num_stages=STAGES):
+        o, t = mirrored(o_next, t_next, outer, tiles_inner)
+        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         valid = counted(mask_ptr, o, t, mask_stride_o, mask_stride_i, exists, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
@@ -172,4 +179,4 @@ def grad_input_kernel(
                 dresidual_ptr, o, t, column, y_stride_o, y_stride_c, y_stride_i, KIND_Y, ALIGN, WIDE, BLOCK_C, BLOCK_I
             )
             tl.store(at, dz.to(dresidual_ptr.dtype.element_ty), mask=exists)
-        o, t = next_tile(o, t, tiles_inner)
+        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner)

@@ -20,43 +20,51 @@ Pointers = tuple[Tensor | None, ...]
 
 
 class Kernel:
-    """A Triton kernel with its constants, for arguments of one set of dtypes, integers and missing pointers."""
+    """A Triton kernel with its constants, for arguments of one set of dtypes, integers and missing pointers.
+
+    Triton compiles it for every pattern of which activations are 16-byte aligned; no other pointer's alignment counts.
+    No fusion into fma but where a kernel says so: forward and backward must round z alike.
+    """
 
     def __init__(self, function: Any, constants: dict[str, Any], warps: int) -> None:
         self.function = function
         self.constants = {name: constants[name] for name in function.arg_names if name in constants}
-        self.warps = warps
+        self.options = {"num_warps": warps, "enable_fp_fusion": False}
+        self.aligned = [at for at, p in enumerate(getattr(function, "params", ())) if _is_specialised_on_alignment(p)]
         self.compiled: dict[int, Any] = {}
 
 
 def launch(kernel: Kernel, grid: int, pointers: Pointers, numbers: tuple[float, ...]) -> None:
-    """Run the kernel on the current stream: the one place where that happens.
-
-    Triton specialises on dtypes, on which pointers are None and on which are 16-byte aligned. A Kernel has one set of
-    the former, so what Triton compiled is kept by the latter, and launched without Triton's own dispatch.
-    No fusion into fma but where a kernel says so: forward and backward must round z alike.
-    """
+    """Run the kernel on the current stream: the one place where that happens; what was compiled is kept."""
     aligned = 1
-    for pointer in pointers:
+    for at in kernel.aligned:
+        pointer = pointers[at]
         aligned = aligned << 1 | (pointer is None or pointer.data_ptr() % 16 == 0)
     compiled = kernel.compiled.get(aligned)
     if compiled is not None:
         compiled[grid, 1, 1](*pointers, *numbers, *kernel.constants.values())
         return
-    options = {"num_warps": kernel.warps, "enable_fp_fusion": False}
-    compiled = kernel.function[grid, 1, 1](*pointers, *numbers, **kernel.constants, **options)
+    compiled = kernel.function[grid, 1, 1](*pointers, *numbers, **kernel.constants, **kernel.options)
     if hasattr(compiled, "packed_metadata"):  # a compiled kernel; the interpreter returns nothing
         kernel.compiled[aligned] = compiled
 
 
+def _is_specialised_on_alignment(parameter: Any) -> bool:
+    is_pointer = parameter.name.endswith("_ptr")
+    return is_pointer and not (parameter.is_constexpr or parameter.do_not_specialize_on_alignment)
+
+
 class Plan(NamedTuple):
-    """How one call runs, or, where copies has a name in it, which tensors must be made contiguous first."""
+    """How one call runs, or, where copies has a name in it, which tensors must be made contiguous first.
+
+    partials and semaphores are the sizes of what combine needs, 0 for a verb without sums.
+    """
 
     kernel: Kernel
     grid: int
     integers: tuple[int, ...]
-    groups: int
-    splits: int
+    partials: int
+    semaphores: int
     copies: tuple[str, ...] = ()
 
 
@@ -99,53 +107,74 @@ def make_plan(function: Any, tensors: dict[str, Tensor | None], constants: dict[
         return Plan(Kernel(function, {}, 0), 0, (), 0, 0, tuple(copies))
     samples, channels, *spatial = x.shape
     pixels = torch.Size(spatial).numel()
+    dense = [views[name] for name in given if name != "mask"]
+    itemsize = min(given[name].element_size() for name in given if name != "mask")
+    if mask is None and tiles.are_small_planes(samples, channels, pixels, dense, itemsize):
+        shape = tiles.Shape(1, channels * pixels, samples, samples * pixels, plane=pixels)
+        views = {name: tiles.Strides(0, 1, view.outer) for name, view in views.items()}
+        return _plan_of(function, tensors, views, shape, constants)
     outer, inner, merged = tiles.merge(samples, pixels, [views[name] for name in given])
     views = dict(zip(given, merged, strict=True))
+    shape = tiles.Shape(outer, channels, inner, samples * pixels)
     dense = [views[name] for name in given if name != "mask"]
     fold = 0 if mask is not None else tiles.fold_factor(channels, samples * pixels, dense)
-    shape = tiles.Shape(outer, channels, inner, 0, samples * pixels)
     if fold:
-        shape = tiles.Shape(1, channels * fold, -(-inner // fold), channels, samples * pixels)
+        shape = tiles.Shape(1, channels * fold, -(-inner // fold), samples * pixels, fold=channels)
         views = {name: tiles.Strides(0, 1, channels * fold) for name in given}
-    return _plan_of(function, x, tensors, views, shape, constants)
+    return _plan_of(function, tensors, views, shape, constants)
 
 
 def _plan_of(
     function: Any,
-    x: Tensor,
     tensors: dict[str, Tensor | None],
     views: dict[str, tiles.Strides],
     shape: tiles.Shape,
     constants: dict[str, Any],
 ) -> Plan:
+    x = tensors["x"]
+    assert x is not None, "every verb has an x"
     kinds = {name: tiles.kind_of(view, shape.columns, shape.inner) for name, view in views.items() if name != "mask"}
     itemsize = min(t.element_size() for name, t in tensors.items() if t is not None and name != "mask")
     kind = kinds["x"]
     align = tiles.alignment(shape, kind, list(kinds.values()), [views[name] for name in kinds], itemsize)
     light = tensors["mask"] is not None or align * itemsize < 16
-    tile = tiles.choose(shape, kind, x.element_size(), sms_of(x.device), light)
-    wide = tiles.is_wide(shape, tile, list(views.values()))
-    columns, inner = shape.columns, shape.inner
+    effort = tiles.EFFORTS[function.__name__.removesuffix("_kernel")]
+    tile = tiles.choose(shape, kind, x.element_size(), sms_of(x.device), effort, light)
+    names = {"x": "KIND", "y": "KIND_Y", "dy": "KIND_DY", "residual": "KIND_R"}
+    geometry: dict[str, Any] = {names[name]: kinds.get(name, "strided") for name in tensors if name != "mask"}
+    geometry |= {"ALIGN": align, "FOLD": shape.fold, "PLANE": shape.plane, "EVEN": tiles.is_even(shape, tile)}
+    geometry |= {"WIDE": tiles.is_wide(shape, tile, list(views.values())), "GROUP": tile.group}
+    geometry |= {"BLOCK_C": tile.block_c, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
+    partials = semaphores = 0
+    if "y" not in tensors:
+        sums = tiles.combination(shape, tile)
+        geometry |= {"BLOCK_K": sums.block_k, "BLOCK_P": sums.block_p, "TEAM": sums.team, "BLOCK_S": sums.block_s}
+        partials, semaphores = sums.partials, sums.semaphores
+    kernel = Kernel(function, constants | geometry, tile.warps)
+    integers = _integers(tensors, views, kinds, shape, align)
+    return Plan(kernel, tile.programs, integers, partials, semaphores)
+
+
+def _integers(
+    tensors: dict[str, Tensor | None],
+    views: dict[str, tiles.Strides],
+    kinds: dict[str, str],
+    shape: tiles.Shape,
+    align: int,
+) -> tuple[int, ...]:
+    """Sizes and strides in the kernels' order, divided by what the compiler is to know that divides them."""
     integers = [
         shape.outer,
-        inner // align if kind == "planes" else inner,
-        columns // align if kind == "rows" else columns,
+        shape.inner // align if kinds["x"] == "planes" else shape.inner,
+        shape.columns // align if kinds["x"] == "rows" else shape.columns,
         shape.positions // align if shape.fold else shape.positions,
-        tile.per_program,
     ]
     for name in tensors:
         view = views.get(name, tiles.Strides(0, 0, 0))
         unit = 1 if kinds.get(name, "strided") == "strided" else align
         strides = (view.outer // unit, view.inner // unit)
         integers += strides if name == "mask" else (strides[0], view.channel // unit, strides[1])
-    names = {"x": "KIND", "y": "KIND_Y", "dy": "KIND_DY", "residual": "KIND_R"}
-    geometry: dict[str, Any] = {names[name]: kinds.get(name, "strided") for name in tensors if name != "mask"}
-    geometry |= {"ALIGN": align, "FOLD": shape.fold, "EVEN": tiles.is_even(shape, tile), "WIDE": wide}
-    geometry |= {"BLOCK_C": tile.block_c, "BLOCK_I": tile.block_i}
-    if "y" not in tensors:
-        geometry["BLOCK_S"] = max(1, min(64, 1024 // tile.block_c))
-    kernel = Kernel(function, constants | geometry, tile.warps)
-    return Plan(kernel, tile.programs, tuple(integers), tile.groups, tile.splits)
+    return tuple(integers)
 
 
 def sms_of(device: torch.device) -> int:

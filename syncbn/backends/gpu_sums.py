@@ -1,74 +1,85 @@
 # mypy: ignore-errors
 # The line above: this is Triton's language; its types are the compiler's and mypy knows none of them.
-"""What the kernels do to sums: per lane, per program, over the programs, and what becomes of them."""
+"""What the kernels do to sums: over a program's tiles, over the programs, and what becomes of them."""
 
 import triton
 import triton.language as tl
 
-from syncbn.backends.gpu_blocks import counted, next_tile, tile_pointers, tile_valid
+from syncbn.backends.gpu_blocks import counted, next_tile, tile_at, tile_pointers, tile_valid
 
 # The formatter would give each number a line of its own.
 # fmt: off
 
 
 @triton.jit
-def lane_sums(
-    x_ptr, column, start, stop, tiles_inner, inner, columns, positions, x_stride_o, x_stride_c, x_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, DTYPE: tl.constexpr,
-):
-    """count, pivot k, Σd and Σd² of each lane (BLOCK_C, BLOCK_I) with d = x − k, k the lane's first value
-
-    Of T values, |k − mean| ≤ σ·√(T − 1) whatever they are (Cauchy–Schwarz), so squares lose at most a factor T.
-    """
-    o = start // tiles_inner
-    t = start % tiles_inner
-    valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
-    at = tile_pointers(x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I)
-    pivot = tl.load(at, mask=valid, other=0.0).to(DTYPE)
-    o, t = next_tile(o, t, tiles_inner)
-    if not EVEN:  # one of the first two tiles has every lane that any tile has
-        present = tl.where(start + 1 < stop, columns, 0)
-        second = tile_valid(t, column, inner, present, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
-        valid = second & (valid == 0)
-        at = tile_pointers(
-            x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
-        )
-        pivot += tl.load(at, mask=valid, other=0.0).to(DTYPE)
-    total = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
-    total_sq = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
-    for _ in range(start + 1, stop):
-        valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
-        at = tile_pointers(
-            x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
-        )
-        d = tl.where(valid, tl.load(at, mask=valid, other=0.0).to(DTYPE) - pivot, 0.0)
-        total += d
-        total_sq = tl.fma(d, d, total_sq)
-        o, t = next_tile(o, t, tiles_inner)
-    # How many of the tiles had the lane: all but, perhaps, the last one of each outer index.
-    last = tile_valid(tiles_inner - 1, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
-    ends = stop // tiles_inner - start // tiles_inner
-    n = tl.where(last, stop - start, stop - start - ends).to(DTYPE)
-    return n, pivot, total, total_sq
+def add_two(a, b, c, d):
+    """(a, b) + (c, d): two sums in one reduction"""
+    return a + c, b + d
 
 
 @triton.jit
-def masked_lane_sums(
-    x_ptr, mask_ptr, column, start, stop, tiles_inner, inner, columns, positions,
+def column_sums(
+    x_ptr, column, split, splits, count, tiles_inner, inner, columns, positions, x_stride_o, x_stride_c, x_stride_i,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """count, Σx, Σx² of each column (BLOCK_C) in float64, by d = x − k with k the mean of the program's first tile
+
+    Of T tiles none is larger than the first, so |k − mean| ≤ σ·√(T − 1) whatever the values are (Cauchy–Schwarz) and
+    squares lose at most a factor T. A program that would begin with the last, smaller tile of an outer index ends with
+    it instead; where its second tile is such a one too, all of them are.
+    """
+    turn = 0
+    if not EVEN:
+        turn = ((split % tiles_inner == tiles_inner - 1) & (count > 1)).to(tl.int32)
+    o, t = tile_at(split + turn * splits, tiles_inner)
+    pivot = tl.zeros([BLOCK_C], DTYPE)
+    total = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
+    total_sq = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
+    n = count * BLOCK_I
+    for at_tile in tl.range(0, count, num_stages=STAGES):
+        valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
+        at = tile_pointers(
+            x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
+        )
+        x = tl.load(at, mask=valid, other=0.0).to(DTYPE)
+        present = BLOCK_I
+        if not EVEN:
+            present = tl.minimum(inner - t.to(tl.int64) * BLOCK_I, BLOCK_I).to(tl.int32)
+            n -= BLOCK_I - present
+        if at_tile == 0:  # here, since the loads of the tiles after it are under way by now
+            pivot = tl.sum(x, axis=1) / present
+        d = tl.where(valid, x - pivot[:, None], 0.0)
+        total += d
+        total_sq = tl.fma(d, d, total_sq)
+        o, t = next_tile(o, t, splits, tiles_inner)
+        if not EVEN:
+            first_o, first_t = tile_at(split, tiles_inner)
+            ends = at_tile + 1 + turn == count
+            o = tl.where(ends, first_o, o)
+            t = tl.where(ends, first_t, t)
+    sum_d, sum_d_sq = tl.reduce((total, total_sq), 1, add_two)
+    return raw_sums(tl.zeros([BLOCK_C], tl.float64) + n, pivot, sum_d, sum_d_sq)
+
+
+@triton.jit
+def counted_sums(
+    x_ptr, mask_ptr, column, split, splits, count, tiles_inner, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """lane_sums of what the mask lets through; the pivot is the first of that"""
-    o = start // tiles_inner
-    t = start % tiles_inner
+    """column_sums of what counts, where a lane may count less often than its neighbour; its pivot is its first value
+
+    Of a lane's T values the first is no further than σ·√(T − 1) from their mean, as above.
+    """
+    o, t = tile_at(split, tiles_inner)
     n = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     pivot = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     total = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     total_sq = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
-    for _ in range(start, stop):
-        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, BLOCK_C, BLOCK_I)
+    for _ in tl.range(0, count, num_stages=STAGES):
+        exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
@@ -79,35 +90,50 @@ def masked_lane_sums(
         n += valid.to(DTYPE)
         total += d
         total_sq = tl.fma(d, d, total_sq)
-        o, t = next_tile(o, t, tiles_inner)
-    return n, pivot, total, total_sq
-
-
-@triton.jit
-def raw_sums(n, pivot, total, total_sq):
-    """count, Σx, Σx² (BLOCK_C) in float64 of lanes (BLOCK_C, BLOCK_I): lanes move to a common pivot, then add up"""
+        o, t = next_tile(o, t, splits, tiles_inner)
     used = n > 0
-    common = tl.sum(tl.where(used, pivot, 0.0), axis=1) / tl.maximum(tl.sum(used.to(n.dtype), axis=1), 1.0)
+    pivots, lanes = tl.reduce((tl.where(used, pivot, 0.0), used.to(DTYPE)), 1, add_two)
+    common = pivots / tl.maximum(lanes, 1.0)  # lanes move to a common pivot, then add up
     delta = tl.where(used, pivot - common[:, None], 0.0)
     total_sq += delta * (2 * total + n * delta)
     total += n * delta
-    count = tl.sum(n, axis=1).to(tl.float64)
-    sum_d = tl.sum(total, axis=1).to(tl.float64)
-    sum_d_sq = tl.sum(total_sq, axis=1).to(tl.float64)
-    k = common.to(tl.float64)
-    return count, sum_d + count * k, sum_d_sq + k * (2 * sum_d + count * k)
+    sum_d, sum_d_sq = tl.reduce((total, total_sq), 1, add_two)
+    return raw_sums(tl.sum(n, axis=1).to(tl.float64), common, sum_d, sum_d_sq)
 
 
 @triton.jit
-def store_partial(ptr, values, column, columns, FOLD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """one program's column sums (BLOCK_C) as channel sums, float64"""
-    c = tl.arange(0, BLOCK_C)
-    if FOLD:
-        for channel in tl.static_range(FOLD):
-            mine = (c % FOLD == channel) & (c < columns)
-            tl.store(ptr + channel, tl.sum(tl.where(mine, values, 0.0), axis=0))
+def raw_sums(n, pivot, sum_d, sum_d_sq):
+    """n, Σx, Σx² in float64 from those of d = x − pivot: Σx = Σd + n·k, Σx² = Σd² + 2k·Σd + n·k²"""
+    k = pivot.to(tl.float64)
+    sum_d = sum_d.to(tl.float64)
+    return n, sum_d + n * k, sum_d_sq.to(tl.float64) + k * (2 * sum_d + n * k)
+
+
+@triton.jit
+def channel_sums(
+    values, FOLD: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """column sums (BLOCK_C) as channel sums (BLOCK_K), each from its own BLOCK_P columns or fewer"""
+    if FOLD or PLANE:
+        k = tl.arange(0, BLOCK_K)[:, None]
+        p = tl.arange(0, BLOCK_P)[None, :]
+        at = p * FOLD + k if FOLD else k * PLANE + p
+        mine = (at < GROUP) & ((k < FOLD) if FOLD else (p < PLANE))
+        picked = tl.gather(values, tl.reshape(tl.where(mine, at, 0), [BLOCK_K * BLOCK_P]), 0)
+        return tl.sum(tl.where(mine, tl.reshape(picked, [BLOCK_K, BLOCK_P]), 0.0), axis=1)
     else:
-        tl.store(ptr + column + c, values, mask=column + c < columns)
+        return values
+
+
+@triton.jit
+def sum_lanes(
+    group, channels, FOLD: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """of each lane (2·BLOCK_K) of a group's two sums: which of the two, its channel, whether it exists"""
+    HERE: tl.constexpr = FOLD if FOLD else (GROUP // PLANE if PLANE else GROUP)
+    lane = tl.arange(0, 2 * BLOCK_K)
+    channel = group * HERE + lane % BLOCK_K
+    return lane // BLOCK_K, channel, (lane % BLOCK_K < HERE) & (channel < channels)
 
 
 @triton.jit
@@ -121,16 +147,50 @@ def arrive(semaphore_ptr, expected):
 
 
 @triton.jit
-def combine(ptr, row, splits, column, channels, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Σ over the splits of partials (splits, row) at [column, column + BLOCK_C), float64, in a fixed order"""
-    c = (column + tl.arange(0, BLOCK_C))[:, None]
+def add_rows(ptr, rows, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Σ over rows (rows, WIDTH) of float64, in a fixed order"""
+    j = tl.arange(0, WIDTH)[:, None]
     s = tl.arange(0, BLOCK_S)[None, :]
-    total = tl.zeros([BLOCK_C, BLOCK_S], tl.float64)
-    for first in range(0, splits, BLOCK_S):
-        at = (first + s).to(tl.int64) * row + c
-        exists = (c < channels) & (first + s < splits)
-        total += tl.load(ptr + at, mask=exists, other=0.0, cache_modifier=".cg")
+    total = tl.zeros([WIDTH, BLOCK_S], tl.float64)
+    for first in range(0, rows, BLOCK_S):
+        total += tl.load(ptr + (first + s) * WIDTH + j, mask=first + s < rows, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def combine(
+    partials_ptr, semaphores_ptr, group, groups, split, splits, first, second,
+    BLOCK_K: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
+):
+    """whether this program is its group's last, and then both sums over all splits (2·BLOCK_K), in a fixed order
+
+    The last program of each TEAM of splits adds the team's rows, the last of those the teams': each reads little.
+    """
+    WIDTH: tl.constexpr = 2 * BLOCK_K
+    partials_ptr = tl.multiple_of(partials_ptr, 16)
+    mine = partials_ptr + (group * splits + split).to(tl.int64) * WIDTH
+    k = tl.arange(0, BLOCK_K)
+    tl.store(mine + k, first)
+    tl.store(mine + BLOCK_K + k, second)
+    total = tl.zeros([WIDTH], tl.float64)
+    is_last = False
+    if TEAM:
+        teams = tl.cdiv(splits, TEAM)
+        team = split // TEAM
+        members = tl.minimum(splits - team * TEAM, TEAM)
+        if arrive(semaphores_ptr + groups + group * teams + team, members):
+            rows = partials_ptr + (group * splits + team * TEAM).to(tl.int64) * WIDTH
+            added = add_rows(rows, members, WIDTH, BLOCK_S)
+            of_teams = partials_ptr + (groups * splits + group * teams).to(tl.int64) * WIDTH
+            tl.store(of_teams + team * WIDTH + tl.arange(0, WIDTH), added)
+            is_last = arrive(semaphores_ptr + group, teams)
+            if is_last:
+                total = add_rows(of_teams, teams, WIDTH, BLOCK_S)
+    else:
+        is_last = arrive(semaphores_ptr + group, splits)
+        if is_last:
+            total = add_rows(partials_ptr + (group * splits).to(tl.int64) * WIDTH, splits, WIDTH, BLOCK_S)
+    return is_last, total
 
 
 @triton.jit

@@ -2,26 +2,34 @@
 
 Every (N, C, *S) is seen as (outer, columns, inner). Where all tensors of a call allow it N and S are one dimension,
 outer = 1; else outer = N and inner = S. A tile is BLOCK_C columns × BLOCK_I inner positions of one outer index; a
-program takes one group of columns and a run of consecutive tiles.
+program takes one group of columns and every `splits`-th tile of it, so that the programs, which are all resident at
+once, walk through memory together.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-THREAD_BYTES = 32
-"""What a thread holds of a full tile: two 16-byte vectors, so that 1024 threads keep 32 KiB of an SM in flight."""
-
-WAVES = 8
-"""Programs per SM to aim for before a program gets more than one tile."""
-
 MOST_TILES = 64
-"""Tiles per program. A lane's pivot is the first of its at most 64 values, so |pivot − mean| ≤ √63·σ of the lane."""
+"""Tiles per program. A column's pivot is the mean of one of its T equal tiles, so |pivot − mean| ≤ √(T − 1)·σ."""
 
 FOLD_COLUMNS = 512
 """Columns of a folded row, at most: rows of fewer than FOLD_BELOW channels are joined, so that vectors fit."""
 
 FOLD_BELOW = 8
+
+PLANE_COLUMNS = 2048
+MOST_PLANE = PLANE_COLUMNS // 8
+"""Positions of a plane that is seen as a stretch of its sample's row, at most: the row is cut at whole planes, and 8 of
+them, which begin at a vector whatever their size, must fit into a block's columns."""
+
+THREAD_BYTES_LEAST = 16
+"""One vector."""
+
+ROW_BYTES = 128
+"""Of other programs' sums that a thread has under way when it adds them up: eight 16-byte vectors."""
+
+MOST_ROWS = 64
 
 INT32 = 2**31
 
@@ -35,26 +43,45 @@ class Strides(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the tiles cover; fold is the number of channels that a row's columns wrap around, 0 where they do not."""
+    """What the tiles cover, and which channel a column belongs to: column, column % fold, or column // plane."""
 
     outer: int
     columns: int
     inner: int
-    fold: int
     positions: int
+    fold: int = 0
+    plane: int = 0
 
     @property
     def channels(self) -> int:
-        return self.fold or self.columns
+        return self.fold or (self.columns // self.plane if self.plane else self.columns)
+
+
+class Effort(NamedTuple):
+    """How a verb uses an SM: programs on it at once, warps in each, bytes of a tile per thread, tiles under way."""
+
+    resident: int
+    warps: int
+    thread_bytes: int
+    stages: int
+
+
+EFFORTS = {
+    "batch_sums": Effort(2, 8, 32, 4),
+    "normalize": Effort(2, 8, 32, 3),
+    "grad_sums": Effort(2, 8, 32, 3),
+    "grad_input": Effort(2, 8, 32, 3),
+}
 
 
 class Tile(NamedTuple):
-    """One program's work: `per_program` tiles of block_c × block_i; the grid is groups × splits programs."""
+    """One program's work: every `splits`-th tile of block_c × block_i, of which `group` columns are its own."""
 
+    group: int
     block_c: int
     block_i: int
     warps: int
-    per_program: int
+    stages: int
     groups: int
     splits: int
 
@@ -107,6 +134,13 @@ def fold_factor(channels: int, positions: int, views: Sequence[Strides]) -> int:
     return pixels * (FOLD_COLUMNS // (pixels * channels))
 
 
+def are_small_planes(samples: int, channels: int, spatial: int, views: Sequence[Strides], itemsize: int) -> bool:
+    """Whether a sample is better seen as one row of all its planes: vectors do not fit into them, or hardly."""
+    dense = all(view.channel == spatial and view.inner == 1 for view in views)
+    odd = spatial * itemsize % 16 != 0 or spatial * itemsize < 64
+    return dense and odd and samples > 0 and channels > 1 and 1 < spatial <= MOST_PLANE
+
+
 def alignment(shape: Shape, kind: str, kinds: Sequence[str], views: Sequence[Strides], itemsize: int) -> int:
     """The largest power of two, up to one 16-byte vector, that divides every row or plane start and length."""
     numbers = []
@@ -124,28 +158,54 @@ def alignment(shape: Shape, kind: str, kinds: Sequence[str], views: Sequence[Str
     return math.gcd(16 // itemsize, *numbers)
 
 
-def choose(shape: Shape, kind: str, itemsize: int, sms: int, light: bool = False) -> Tile:
+def choose(shape: Shape, kind: str, itemsize: int, sms: int, effort: Effort, light: bool = False) -> Tile:
     """The tile of this call: the largest that still gives two programs to each SM, or the smallest there is.
 
     light: a lane needs more registers than its sums and its value (its own count, or an address of its own where
     vectors do not fit), so that it gets half as many values.
     """
-    sizes = [(8, THREAD_BYTES), (4, THREAD_BYTES), (4, THREAD_BYTES // 2)]
+    sizes = [(effort.warps, effort.thread_bytes), (4, effort.thread_bytes), (4, THREAD_BYTES_LEAST)]
     if light:
-        sizes = [(4, THREAD_BYTES // 2)]
+        sizes = [(4, THREAD_BYTES_LEAST)]
     for warps, thread_bytes in sizes:
-        block_c, block_i = _best_block(shape, kind, itemsize, warps * 32 * thread_bytes // itemsize)
-        groups = _cdiv(shape.columns, block_c)
+        group, block_c, block_i = _best_block(shape, kind, itemsize, warps * 32 * thread_bytes // itemsize)
+        groups = _cdiv(shape.columns, group)
         tiles = shape.outer * _cdiv(shape.inner, block_i)
         if groups * tiles >= 2 * sms:
             break
-    per_program = min(max(groups * tiles // (WAVES * sms), 1), MOST_TILES)
-    return Tile(block_c, block_i, warps, per_program, groups, max(_cdiv(tiles, per_program), 1))
+    resident = sms * max(1, effort.resident * effort.warps // warps)
+    splits = max(min(resident // groups, tiles), _cdiv(tiles, MOST_TILES), 1)
+    return Tile(group, block_c, block_i, warps, effort.stages, groups, splits)
+
+
+class Combination(NamedTuple):
+    """How programs' sums become a group's: block_k channels from at most block_p columns each; teams of splits, 0 for
+    none, whose rows are read block_s at a time; how many float64 and semaphores that takes."""
+
+    block_k: int
+    block_p: int
+    team: int
+    block_s: int
+    partials: int
+    semaphores: int
+
+
+def combination(shape: Shape, tile: Tile) -> Combination:
+    """As many rows at a time as keep ROW_BYTES of each thread under way; in teams, where that were many times."""
+    here = shape.fold or (tile.group // shape.plane if shape.plane else tile.group)
+    block_k = pow2(here)
+    block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
+    team = block_s if tile.splits > 2 * block_s > 2 else 0
+    teams = _cdiv(tile.splits, team) if team else 0
+    partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits
+    return Combination(block_k, pow2(tile.group // here), team, block_s, partials, tile.groups * (1 + teams))
 
 
 def is_even(shape: Shape, tile: Tile) -> bool:
     """Whether no tile reaches over an edge."""
-    if shape.positions == 0 or shape.columns % tile.block_c or shape.inner % tile.block_i:
+    if shape.positions == 0 or tile.group != tile.block_c:
+        return False
+    if shape.columns % tile.block_c or shape.inner % tile.block_i:
         return False
     return not shape.fold or shape.positions * shape.fold == shape.inner * shape.columns
 
@@ -156,21 +216,32 @@ def is_wide(shape: Shape, tile: Tile, views: Sequence[Strides]) -> bool:
     return max(far, shape.inner + tile.block_i, shape.columns + tile.block_c) >= INT32
 
 
-def _best_block(shape: Shape, kind: str, itemsize: int, elements: int) -> tuple[int, int]:
-    """block_c × block_i ≤ elements with the fewest idle lanes and runs of 128 bytes or more."""
-    if shape.fold:
-        block_c = _pow2(shape.columns)
-        return block_c, max(1, min(elements // block_c, _pow2(shape.inner)))
+def _best_block(shape: Shape, kind: str, itemsize: int, elements: int) -> tuple[int, int, int]:
+    """columns, block_c × block_i ≤ elements with the fewest idle lanes and runs of 128 bytes or more."""
+    if shape.fold or shape.plane:
+        group = shape.columns if shape.fold else _planes(shape, itemsize, min(elements, PLANE_COLUMNS))
+        block_c = pow2(group)
+        return group, block_c, max(1, min(elements // block_c, pow2(shape.inner)))
     best = (0.0, 0, 1, 1)
-    for block_c in _powers(min(elements, _pow2(shape.columns))):
-        block_i = max(1, min(elements // block_c, _pow2(shape.inner)))
+    for block_c in _powers(min(elements, pow2(shape.columns))):
+        block_i = max(1, min(elements // block_c, pow2(shape.inner)))
         run, whole = (block_c, shape.columns) if kind == "rows" else (block_i, shape.inner)
         used = _used(shape.columns, block_c) * _used(shape.inner, block_i) * (block_c * block_i / elements)
         used *= (
             1.0 if run >= whole else min(1.0, {32: 0.6, 64: 0.93, 128: 0.99}.get(run * itemsize, run * itemsize / 64))
         )
         best = max(best, (round(used, 3), -block_c, block_c, block_i))
-    return best[2:]
+    return best[2], *best[2:]
+
+
+def _planes(shape: Shape, itemsize: int, most: int) -> int:
+    """Columns of as many whole planes as fit, beginning on a vector wherever the planes' size allows it."""
+    vector = 16 // itemsize
+    unit = vector // math.gcd(vector, shape.plane)
+    planes = min(most // shape.plane, shape.channels)
+    if planes < shape.channels and planes > unit:
+        planes -= planes % unit
+    return planes * shape.plane
 
 
 def _used(size: int, block: int) -> float:
@@ -181,7 +252,8 @@ def _powers(limit: int) -> Iterator[int]:
     return (1 << bit for bit in range(limit.bit_length()))
 
 
-def _pow2(size: int) -> int:
+def pow2(size: int) -> int:
+    """The least power of two that is no less."""
     return 1 << max(size - 1, 0).bit_length()
 
 
