@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn import comm, composed, recompute
-from syncbn.backends import Epilogue, Running, select
+from syncbn.backends import Backend, Epilogue, Running, select
 
 
 class Options(NamedTuple):
     """What a call fixes besides its tensors; group None means that this rank is alone.
 
-    recorded is the grad mode of the caller, which an autograd.Function's forward cannot see.
+    recorded is the grad mode of the caller, which an autograd.Function's forward cannot see. backend is one that was
+    prepared for such calls; None for the one that serves the input.
     """
 
     eps: float
@@ -21,6 +22,7 @@ class Options(NamedTuple):
     group: ProcessGroup | None
     running: Running | None
     recorded: bool = True
+    backend: Backend | None = None
 
 
 class NormalizeBatch(torch.autograd.Function):
@@ -42,7 +44,7 @@ class NormalizeBatch(torch.autograd.Function):
         mask: Tensor | None,
         options: Options,
     ) -> Tensor:
-        backend = select(x)
+        backend = options.backend or select(x)
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
 
         def take_sums() -> Tensor:

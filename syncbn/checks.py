@@ -18,6 +18,27 @@ COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
+def check_call(
+    x: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """Every check of a call but those of its group; statistics are mean, variance, counter and momentum.
+
+    Returns the mask at its full shape.
+    """
+    check_input(x)
+    check_channels(x, weight=weight, bias=bias, running_mean=statistics[0], running_var=statistics[1])
+    check_running(x, *statistics)
+    check_activation(activation)
+    check_residual(x, residual)
+    return check_mask(x, mask)
+
+
 def check_input(x: Tensor) -> None:
     """(N, C, *S), real floating point, at least one channel."""
     if not isinstance(x, Tensor):

@@ -1,13 +1,21 @@
 """The layer as a function: what is checked, and which of the three ways a call goes."""
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from syncbn import checks, comm, composed
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Epilogue, Running
+from syncbn.backends import Backend, Epilogue, Running, forced, prepare
+from syncbn.backends.recent import Recent
 from syncbn.backends.reference import activate_
+
+MOST_SIGNATURES = 1024
+"""Kinds of calls that are remembered, the oldest forgotten first."""
 
 
 def sync_batch_norm(
@@ -65,32 +73,74 @@ def sync_batch_norm(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """
-    checks.check_input(input)
-    checks.check_channels(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    checks.check_running(input, running_mean, running_var, num_batches_tracked, momentum)
-    checks.check_activation(activation)
-    checks.check_residual(input, residual)
-    mask = checks.check_mask(input, mask)
-    running = None
-    if running_mean is not None and running_var is not None:
-        if not training:
-            if mask is not None:  # what stands behind it must not reach a gradient either
-                input = torch.where(mask.unsqueeze(1), input, 0)
-                residual = None if residual is None else torch.where(mask.unsqueeze(1), residual, 0)
-            normalized = _normalize_eval(input, running_mean, running_var, weight, bias, eps)
-            return finish(normalized, residual, activation, mask)
-        running = Running(running_mean, running_var, num_batches_tracked, momentum)
     group = checks.check_group(process_group) if training else None
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    return over_group(group, input, running, weight, bias, training, eps, residual, activation, mask)
+
+
+def over_group(
+    group: ProcessGroup | None,
+    x: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """`sync_batch_norm` with the peers that were found; statistics are its mean, variance, counter and momentum.
+
+    A training call with tensors like those of an earlier one has been checked, and has a back-end prepared for it.
+    """
+    signature = None
+    if training and mask is None and not composed.is_needed(x):
+        signature = _signature(x, (weight, bias, residual, *statistics[:3]), activation, statistics[3])
+    backend = _prepared.get(signature)
+    if backend is None:
+        mask = checks.check_call(x, statistics, weight, bias, residual, activation, mask)
+    running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
+    if running is not None and not training:
+        return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
     if mask is None:
-        checks.check_batch_size(input, group)
-    if composed.is_needed(input):
-        if not torch.compiler.is_compiling():
-            checks.check_mapped(input, mask, running_mean if training else None)
+        checks.check_batch_size(x, group)
+    if backend is None:
         epilogue = Epilogue(weight, bias, residual, mask, activation)
-        return composed.normalize_batch(input, epilogue, eps, comm.name_of(group), running)
-    options = Options(eps, activation, group, running, torch.is_grad_enabled())
-    y: Tensor = NormalizeBatch.apply(input, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+        if composed.is_needed(x):
+            if not torch.compiler.is_compiling():
+                checks.check_mapped(x, mask, statistics[0] if training else None)
+            return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)
+        if signature is not None:
+            backend = _prepared.made(signature, lambda: prepare(x, epilogue, running))
+    options = Options(eps, activation, group, running, torch.is_grad_enabled(), backend)
+    y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     return y
+
+
+_prepared: Recent[Backend] = Recent(MOST_SIGNATURES)
+
+
+def _signature(
+    x: Tensor, others: tuple[Tensor | None, ...], activation: str | None, momentum: float | None
+) -> tuple[Hashable, ...] | None:
+    """All that the checks and a prepared back-end depend on, but the number of peers; None for what has no strides."""
+    try:
+        parts: list[Any] = [forced(), activation, momentum is None, x.shape, x.stride(), x.dtype, x.device]
+        for t in others:
+            parts += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.device)
+        return tuple(parts)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _evaluate(x: Tensor, running: Running, epilogue: Epilogue, eps: float) -> Tensor:
+    """With the running statistics, whatever the ranks."""
+    weight, bias, residual, mask, activation = epilogue
+    if mask is not None:  # what stands behind it must not reach a gradient either
+        x = torch.where(mask.unsqueeze(1), x, 0)
+        residual = None if residual is None else torch.where(mask.unsqueeze(1), residual, 0)
+    return finish(_normalize_eval(x, running.mean, running.var, weight, bias, eps), residual, activation, mask)
 
 
 def _normalize_eval(

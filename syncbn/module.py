@@ -10,7 +10,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import checks, comm
-from syncbn.functional import sync_batch_norm
+from syncbn.functional import over_group
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -88,22 +88,19 @@ class SyncBatchNorm(_BatchNorm):
     def normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
         """`forward` with the activation given by the caller."""
         self._check_input_dim(input)
-        tracking = self.track_running_stats or not self.training
-        return sync_batch_norm(
-            input,
-            self.running_mean if tracking else None,
-            self.running_var if tracking else None,
-            self.weight,
-            self.bias,
-            self.training,
-            self.momentum,
-            self.eps,
-            self.process_group,
-            residual=residual,
-            activation=activation,
-            mask=mask,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
-        )
+        training = self.training
+        # From the dictionaries, where there are such entries: Module.__getattr__ takes ten times as long for each.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean = var = tracked = None
+        if self.track_running_stats or not training:
+            mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+            var = buffers["running_var"] if "running_var" in buffers else self.running_var
+            tracked = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
+        group = checks.check_group(self.process_group) if training else None
+        statistics = (mean, var, tracked, self.momentum)
+        return over_group(group, input, statistics, weight, bias, training, self.eps, residual, activation, mask)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank; the function checks the rest."""

@@ -87,9 +87,10 @@ def _serve(connection: Connection) -> None:
 def device_of(sms: int) -> Iterator[None]:
     """Plans as for a device with that many SMs: few make a program's run of tiles long, many make it one tile."""
     from syncbn.backends import gpu, gpu_launch
+    from syncbn.backends.recent import Recent
 
     before = gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans
-    gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = sms, gpu_launch.Plans()
+    gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = sms, Recent(gpu_launch.MOST_PLANS)
     try:
         yield
     finally:

@@ -14,9 +14,11 @@ from torch import Tensor
 from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
 from syncbn.backends.gpu_kernels import batch_sums_kernel, normalize_kernel
 from syncbn.backends.gpu_kernels_backward import grad_input_kernel, grad_sums_kernel
-from syncbn.backends.gpu_launch import Plan, Plans, launch, make_plan, workspace
+from syncbn.backends.gpu_launch import MOST_PLANS, Plan, launch, make_plan, workspace
+from syncbn.backends.recent import Recent
 
-_plans = Plans()
+_plans: Recent[Plan] = Recent(MOST_PLANS)
+NOT_RUNNING = (None, None, None, 0.0)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -36,11 +38,15 @@ def _on_device(verb: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
+def plan_batch_sums(x: Tensor, mask: Tensor | None) -> Plan:
+    key = ("batch_sums", x.device, x.shape, x.stride(), x.dtype, _strides(mask))
+    return _plans.made(key, lambda: make_plan(batch_sums_kernel, {"x": x, "mask": mask}, {}))
+
+
 @_on_device
 def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[Σx (C), Σx² (C), count]"""
-    key = ("batch_sums", x.device, x.shape, x.stride(), x.dtype, _strides(mask))
-    plan = _plans.get(key, lambda: make_plan(batch_sums_kernel, {"x": x, "mask": mask}, {}))
+    plan = plan_batch_sums(x, mask)
     if plan.copies:
         return batch_sums(_copied(x, "x", plan), None if mask is None else _copied(mask, "mask", plan))
     channels = x.shape[1]
@@ -50,24 +56,34 @@ def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     return sums
 
 
+def plan_normalize(x: Tensor, y: Tensor, epilogue: Epilogue, running: Running | None) -> Plan:
+    running_mean, running_var, tracked, momentum = running or NOT_RUNNING
+    cumulative = momentum is None
+    dtypes = (
+        _dtype(epilogue.weight),
+        _dtype(epilogue.bias),
+        _dtype(running_mean),
+        _dtype(running_var),
+        _dtype(tracked),
+    )
+
+    def make() -> Plan:
+        tensors = {"x": x, "mask": epilogue.mask, "y": y, "residual": epilogue.residual}
+        constants = _activation(epilogue.activation) | {"CUMULATIVE": cumulative}
+        return make_plan(normalize_kernel, tensors, constants)
+
+    return _plans.made(("normalize", *_key(x, epilogue), *dtypes, cumulative), make)
+
+
 @_on_device
 def normalize(
     x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation((x − mean)·invstd·weight + bias + residual)"""
-    weight, bias, residual, mask, activation = epilogue
-    running_mean, running_var, tracked, momentum = running or (None, None, None, 0.0)
+    weight, bias, residual, mask, _ = epilogue
+    running_mean, running_var, tracked, momentum = running or NOT_RUNNING
     y = torch.empty_like(x)
-    cumulative = momentum is None
-    dtypes = (_dtype(weight), _dtype(bias), _dtype(running_mean), _dtype(running_var), _dtype(tracked))
-    key = ("normalize", *_key(x, epilogue), *dtypes, cumulative)
-
-    def make() -> Plan:
-        tensors = {"x": x, "mask": mask, "y": y, "residual": residual}
-        constants = _activation(activation) | {"CUMULATIVE": cumulative}
-        return make_plan(normalize_kernel, tensors, constants)
-
-    plan = _plans.get(key, make)
+    plan = plan_normalize(x, y, epilogue, running)
     if plan.copies:
         epilogue = _copied_epilogue(epilogue, plan)
         z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running)
@@ -76,11 +92,20 @@ def normalize(
         return _with_contiguous_running(x, sums, epilogue, eps, running)
     mean = torch.empty(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
     invstd = torch.empty_like(mean)
-    semaphores = workspace(x.device, 1, 1)[1] if cumulative else None
+    semaphores = workspace(x.device, 1, 1)[1] if momentum is None else None
     buffers = (running_mean, running_var, tracked, semaphores)
     pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, y, mean, invstd)
-    launch(plan.kernel, plan.grid, pointers, (*_halves(eps), *_halves(momentum or 0.0), *plan.integers))
+    launch(plan.kernel, plan.grid, pointers, (*halves(eps, momentum or 0.0), *plan.integers))
     return y, mean, invstd
+
+
+def plan_grad_sums(dy: Tensor, x: Tensor, epilogue: Epilogue) -> Plan:
+    def make() -> Plan:
+        tensors = {"x": x, "mask": epilogue.mask, "dy": dy, "residual": epilogue.residual}
+        return make_plan(grad_sums_kernel, tensors, _activation(epilogue.activation))
+
+    dtypes = (dy.dtype, _dtype(epilogue.weight), _dtype(epilogue.bias))
+    return _plans.made(("grad_sums", *_key(x, epilogue), dy.stride(), *dtypes), make)
 
 
 @_on_device
@@ -88,14 +113,8 @@ def grad_sums(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
-    weight, bias, residual, mask, activation = epilogue
-    key = ("grad_sums", *_key(x, epilogue), dy.stride(), dy.dtype, _dtype(weight), _dtype(bias))
-
-    def make() -> Plan:
-        tensors = {"x": x, "mask": mask, "dy": dy, "residual": residual}
-        return make_plan(grad_sums_kernel, tensors, _activation(activation))
-
-    plan = _plans.get(key, make)
+    weight, bias, residual, mask, _ = epilogue
+    plan = plan_grad_sums(dy, x, epilogue)
     if plan.copies:
         epilogue = _copied_epilogue(epilogue, plan)
         return grad_sums(_copied(dy, "dy", plan), _copied(x, "x", plan), mean, invstd, epilogue)
@@ -107,6 +126,16 @@ def grad_sums(
     parameters = (mean, invstd, _packed(weight), _packed(bias))
     launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, *work, dsums, dweight, dbias), plan.integers)
     return dsums, dweight, dbias
+
+
+def plan_grad_input(dy: Tensor, x: Tensor, epilogue: Epilogue, dx: Tensor | None, dresidual: Tensor | None) -> Plan:
+    def make() -> Plan:
+        out = dx if dresidual is None else dresidual
+        tensors = {"x": x, "mask": epilogue.mask, "y": out, "dy": dy, "residual": epilogue.residual}
+        return make_plan(grad_input_kernel, tensors, _activation(epilogue.activation))
+
+    kinds = (dy.dtype, _dtype(epilogue.weight), _dtype(epilogue.bias), dx is None, dresidual is None)
+    return _plans.made(("grad_input", *_key(x, epilogue), dy.stride(), *kinds), make)
 
 
 @_on_device
@@ -121,17 +150,10 @@ def grad_input(
     needs_dresidual: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count), dresidual = dz"""
-    weight, bias, residual, mask, activation = epilogue
+    weight, bias, residual, mask, _ = epilogue
     dx = None if dsums is None else torch.empty_like(x)
     dresidual = torch.empty_like(x) if needs_dresidual else None
-    dtypes = (_dtype(weight), _dtype(bias), dsums is None, needs_dresidual)
-    key = ("grad_input", *_key(x, epilogue), dy.stride(), dy.dtype, *dtypes)
-
-    def make() -> Plan:
-        tensors = {"x": x, "mask": mask, "y": dx if dresidual is None else dresidual, "dy": dy, "residual": residual}
-        return make_plan(grad_input_kernel, tensors, _activation(activation))
-
-    plan = _plans.get(key, make)
+    plan = plan_grad_input(dy, x, epilogue, dx, dresidual)
     if plan.copies:
         epilogue = _copied_epilogue(epilogue, plan)
         x, dy = _copied(x, "x", plan), _copied(dy, "dy", plan)
@@ -160,10 +182,10 @@ def _key(x: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _halves(value: float) -> tuple[float, float]:
-    """value as a sum of two float32: Triton's floating arguments have no more."""
-    (first,) = struct.unpack("f", struct.pack("f", value))
-    return first, value - first
+def halves(*values: float) -> tuple[float, ...]:
+    """Each value as a sum of two float32: Triton's floating arguments have no more."""
+    firsts = [struct.unpack("f", struct.pack("f", value))[0] for value in values]
+    return tuple(part for value, first in zip(values, firsts, strict=True) for part in (first, value - first))
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...] | None:

@@ -1,7 +1,6 @@
 """What stands between a verb and its kernel: the plan of a call, kept; workspaces; the launch itself."""
 
 import threading
-from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ class Kernel:
         self.constants = {name: constants[name] for name in function.arg_names if name in constants}
         self.options = {"num_warps": warps, "enable_fp_fusion": False}
         self.aligned = [at for at, p in enumerate(getattr(function, "params", ())) if _is_specialised_on_alignment(p)]
+        self.all_aligned = (2 << len(self.aligned)) - 1
         self.compiled: dict[int, Any] = {}
 
 
@@ -66,27 +66,6 @@ class Plan(NamedTuple):
     partials: int
     semaphores: int
     copies: tuple[str, ...] = ()
-
-
-class Plans:
-    """Plans by shapes, strides and dtypes; bounded, so that shapes may vary from step to step."""
-
-    def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = make()
-            with self._lock:
-                while len(self._plans) >= MOST_PLANS:
-                    self._plans.pop(next(iter(self._plans)))
-                self._plans[key] = plan
-        return plan
-
-    def __len__(self) -> int:
-        return len(self._plans)
 
 
 def make_plan(function: Any, tensors: dict[str, Tensor | None], constants: dict[str, Any]) -> Plan:
@@ -184,14 +163,25 @@ def sms_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class _Workspace(NamedTuple):
+class Workspace(NamedTuple):
+    """Scratch of one stream, with its addresses and sizes."""
+
     partials: Tensor
     semaphores: Tensor
+    partials_at: int
+    semaphores_at: int
+    most_partials: int
+    most_semaphores: int
 
 
-_workspaces: dict[tuple[int, int], _Workspace] = {}
+_workspaces: dict[tuple[int, int], Workspace] = {}
 _arenas: dict[int, list[Tensor]] = {}
 _lock = threading.Lock()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream are being written to a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def workspace(device: torch.device, partials: int, semaphores: int) -> tuple[Tensor, Tensor]:
@@ -200,32 +190,37 @@ def workspace(device: torch.device, partials: int, semaphores: int) -> tuple[Ten
     One per device and stream: launches of one stream follow each other and leave the zeros as they found them.
     Under graph capture each launch has its own, since a graph may be replayed on any stream, next to any other.
     """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.empty(partials, dtype=torch.float64, device=device), _captured_zeros(device, semaphores)
-        stream = torch.cuda.current_stream(device).cuda_stream
+    if is_capturing(device):
+        return torch.empty(partials, dtype=torch.float64, device=device), _captured_zeros(device, semaphores)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device.index or 0, stream)
     found = _workspaces.get(key)
-    if found is None or found.partials.numel() < partials or found.semaphores.numel() < semaphores:
+    if found is None or found.most_partials < partials or found.most_semaphores < semaphores:
         found = _grow(key, device, partials, semaphores)
+    return found.partials, found.semaphores
+
+
+def known_workspace(index: int, stream: int, plan: Plan) -> Workspace | None:
+    """The workspace of a device's stream, if it has one that is large enough."""
+    found = _workspaces.get((index, stream))
+    if found is None or found.most_partials < plan.partials or found.most_semaphores < plan.semaphores:
+        return None
     return found
 
 
-def _grow(key: tuple[int, int], device: torch.device, partials: int, semaphores: int) -> _Workspace:
+def _grow(key: tuple[int, int], device: torch.device, partials: int, semaphores: int) -> Workspace:
     """A workspace at least twice the last one; its memory belongs to its stream, which alone reuses it when dropped."""
     with _lock:
         last = _workspaces.pop(key, None)
         if last is not None:
-            partials, semaphores = max(partials, 2 * last.partials.numel()), max(semaphores, last.semaphores.numel())
+            partials, semaphores = max(partials, 2 * last.most_partials), max(semaphores, last.most_semaphores)
         while len(_workspaces) >= MOST_STREAMS:
             _workspaces.pop(next(iter(_workspaces)))
         if device.type == "cuda" and key[0] not in _arenas:
             _arenas[key[0]] = [torch.zeros(CAPTURED_SEMAPHORES, dtype=torch.int32, device=device)]
-        found = _Workspace(
-            torch.empty(max(partials, 1 << 16), dtype=torch.float64, device=device),
-            torch.zeros(max(semaphores, 1 << 12), dtype=torch.int32, device=device),
-        )
+        scratch = torch.empty(max(partials, 1 << 16), dtype=torch.float64, device=device)
+        zeros = torch.zeros(max(semaphores, 1 << 12), dtype=torch.int32, device=device)
+        found = Workspace(scratch, zeros, scratch.data_ptr(), zeros.data_ptr(), scratch.numel(), zeros.numel())
         _workspaces[key] = found
         return found
 

@@ -30,6 +30,8 @@ ROW_BYTES = 128
 """Of other programs' sums that a thread has under way when it adds them up: eight 16-byte vectors."""
 
 MOST_ROWS = 64
+MOST_COLUMNS = 128
+TEAM_FROM = 2
 
 INT32 = 2**31
 
@@ -195,7 +197,7 @@ def combination(shape: Shape, tile: Tile) -> Combination:
     here = shape.fold or (tile.group // shape.plane if shape.plane else tile.group)
     block_k = pow2(here)
     block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
-    team = block_s if tile.splits > 2 * block_s > 2 else 0
+    team = block_s if tile.splits > TEAM_FROM * block_s > TEAM_FROM else 0
     teams = _cdiv(tile.splits, team) if team else 0
     partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits
     return Combination(block_k, pow2(tile.group // here), team, block_s, partials, tile.groups * (1 + teams))
@@ -223,7 +225,8 @@ def _best_block(shape: Shape, kind: str, itemsize: int, elements: int) -> tuple[
         block_c = pow2(group)
         return group, block_c, max(1, min(elements // block_c, pow2(shape.inner)))
     best = (0.0, 0, 1, 1)
-    for block_c in _powers(min(elements, pow2(shape.columns))):
+    most = min(elements, pow2(shape.columns), MOST_COLUMNS if kind == "rows" else elements)
+    for block_c in _powers(most):
         block_i = max(1, min(elements // block_c, pow2(shape.inner)))
         run, whole = (block_c, shape.columns) if kind == "rows" else (block_i, shape.inner)
         used = _used(shape.columns, block_c) * _used(shape.inner, block_i) * (block_c * block_i / elements)
