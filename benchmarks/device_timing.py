@@ -100,11 +100,11 @@ def forget_captures(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    from syncbn.backends import gpu_launch
+    from syncbn.backends import gpu_workspace
 
     torch.cuda.synchronize()
-    for arena in getattr(gpu_launch, "_arenas", {}).values():
-        arena[:] = [torch.zeros(gpu_launch.CAPTURED_SEMAPHORES, dtype=torch.int32, device=device)]
+    for arena in gpu_workspace._arenas.values():
+        arena[:] = [torch.zeros(gpu_workspace.CAPTURED_SEMAPHORES, dtype=torch.int32, device=device)]
     torch.cuda.synchronize()
 
 

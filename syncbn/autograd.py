@@ -9,12 +9,14 @@ from torch.distributed import ProcessGroup
 from syncbn import comm, composed, recompute
 from syncbn.backends import Backend, Epilogue, Running, select
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight, bias and residual."""
+
 
 class Options(NamedTuple):
     """What a call fixes besides its tensors; group None means that this rank is alone.
 
-    recorded is the grad mode of the caller, which an autograd.Function's forward cannot see. backend is one that was
-    prepared for such calls; None for the one that serves the input.
+    recorded is the grad mode of the caller, which an autograd.Function's forward cannot see.
     """
 
     eps: float
@@ -22,7 +24,6 @@ class Options(NamedTuple):
     group: ProcessGroup | None
     running: Running | None
     recorded: bool = True
-    backend: Backend | None = None
 
 
 class NormalizeBatch(torch.autograd.Function):
@@ -44,7 +45,7 @@ class NormalizeBatch(torch.autograd.Function):
         mask: Tensor | None,
         options: Options,
     ) -> Tensor:
-        backend = options.backend or select(x)
+        backend = select(x)
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
 
         def take_sums() -> Tensor:
@@ -62,22 +63,37 @@ class NormalizeBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mask, mean, invstd, sums = ctx.saved_tensors
-        backend, options = ctx.backend, ctx.options
-        needs_dx, needs_dweight, needs_dbias, needs_dresidual, *_ = ctx.needs_input_grad
+        x, weight, bias, residual, mask, *statistics = ctx.saved_tensors
+        options, needed = ctx.options, ctx.needs_input_grad[:4]
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        if torch.is_grad_enabled():  # create_graph=True
-            group_name, needed = comm.name_of(options.group), ctx.needs_input_grad[:4]
-            grads = composed.gradients(dy, x, epilogue, options.eps, group_name, sums, needed)
-            return *grads, None, None
-        dsums = dweight = dbias = dx = dresidual = None
-        if needs_dx or needs_dweight or needs_dbias:
-            dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
-            if needs_dx:
-                dsums = comm.all_sum(dsums_local, options.group)
-        if needs_dresidual and options.activation is None and mask is None:
-            dresidual, needs_dresidual = dy, False
-        if needs_dx or needs_dresidual:
-            dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], needs_dresidual)
-            dresidual = dz if needs_dresidual else dresidual
-        return dx, dweight, dbias, dresidual, None, None
+        grads = gradients(dy, x, epilogue, statistics, options.eps, options.group, ctx.backend, needed)
+        return *grads, None, None
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    epilogue: Epilogue,
+    statistics: list[Tensor],
+    eps: float,
+    group: ProcessGroup | None,
+    backend: Backend,
+    needed: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Those that are needed; statistics are mean, invstd and the sums of all ranks."""
+    mean, invstd, sums = statistics
+    if torch.is_grad_enabled():  # create_graph=True
+        dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, comm.name_of(group), sums, needed)
+        return dx, dweight, dbias, dresidual
+    needs_dx, needs_dweight, needs_dbias, needs_dresidual = needed
+    dsums = dweight = dbias = dx = dresidual = None
+    if needs_dx or needs_dweight or needs_dbias:
+        dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
+        if needs_dx:
+            dsums = comm.all_sum(dsums_local, group)
+    if needs_dresidual and epilogue.activation is None and epilogue.mask is None:
+        dresidual, needs_dresidual = dy, False
+    if needs_dx or needs_dresidual:
+        dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], needs_dresidual)
+        dresidual = dz if needs_dresidual else dresidual
+    return dx, dweight, dbias, dresidual

@@ -1,21 +1,14 @@
 """The layer as a function: what is checked, and which of the three ways a call goes."""
 
-from collections.abc import Hashable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from syncbn import checks, comm, composed
+from syncbn import checks, comm, composed, direct
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Backend, Epilogue, Running, forced, prepare
-from syncbn.backends.recent import Recent
+from syncbn.backends import Epilogue, Running
 from syncbn.backends.reference import activate_
-
-MOST_SIGNATURES = 1024
-"""Kinds of calls that are remembered, the oldest forgotten first."""
 
 
 def sync_batch_norm(
@@ -81,7 +74,7 @@ def sync_batch_norm(
 def over_group(
     group: ProcessGroup | None,
     x: Tensor,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    statistics: direct.Statistics,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
@@ -92,46 +85,28 @@ def over_group(
 ) -> Tensor:
     """`sync_batch_norm` with the peers that were found; statistics are its mean, variance, counter and momentum.
 
-    A training call with tensors like those of an earlier one has been checked, and has a back-end prepared for it.
+    A call like an earlier one has been checked.
     """
-    signature = None
     if training and mask is None and not composed.is_needed(x):
-        signature = _signature(x, (weight, bias, residual, *statistics[:3]), activation, statistics[3])
-    backend = _prepared.get(signature)
-    if backend is None:
-        mask = checks.check_call(x, statistics, weight, bias, residual, activation, mask)
+        done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
+        if done is not None:
+            return done
+    mask = checks.check_call(x, statistics, weight, bias, residual, activation, mask)
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
     if running is not None and not training:
         return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
     if mask is None:
         checks.check_batch_size(x, group)
-    if backend is None:
-        epilogue = Epilogue(weight, bias, residual, mask, activation)
-        if composed.is_needed(x):
-            if not torch.compiler.is_compiling():
-                checks.check_mapped(x, mask, statistics[0] if training else None)
-            return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)
-        if signature is not None:
-            backend = _prepared.made(signature, lambda: prepare(x, epilogue, running))
-    options = Options(eps, activation, group, running, torch.is_grad_enabled(), backend)
+    epilogue = Epilogue(weight, bias, residual, mask, activation)
+    if composed.is_needed(x):
+        if not torch.compiler.is_compiling():
+            checks.check_mapped(x, mask, statistics[0] if training else None)
+        return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)
+    options = Options(eps, activation, group, running, torch.is_grad_enabled())
     y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+    if mask is None:
+        direct.remember(x, epilogue, running)
     return y
-
-
-_prepared: Recent[Backend] = Recent(MOST_SIGNATURES)
-
-
-def _signature(
-    x: Tensor, others: tuple[Tensor | None, ...], activation: str | None, momentum: float | None
-) -> tuple[Hashable, ...] | None:
-    """All that the checks and a prepared back-end depend on, but the number of peers; None for what has no strides."""
-    try:
-        parts: list[Any] = [forced(), activation, momentum is None, x.shape, x.stride(), x.dtype, x.device]
-        for t in others:
-            parts += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.device)
-        return tuple(parts)
-    except (AttributeError, RuntimeError):
-        return None
 
 
 def _evaluate(x: Tensor, running: Running, epilogue: Epilogue, eps: float) -> Tensor:

@@ -56,6 +56,12 @@ class _Record:
         return self.sums[again.path][at] if at < len(self.sums[again.path]) else None
 
 
+def is_ordinary() -> bool:
+    """Whether autograd records this call, outside of any region that may be recomputed and of any backward."""
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch.is_grad_enabled() and not hooked and torch._C._current_graph_task_id() == -1
+
+
 def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool, site: str = "") -> tuple[Tensor, bool]:
     """The sums of all ranks for this call of an autograd.Function's forward, and whether they were taken just now.
 

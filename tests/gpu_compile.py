@@ -7,20 +7,20 @@ A target is sm_80, sm_90, sm_100 or gfx942. One JSON line a kernel. A process of
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from syncbn.backends import Epilogue, Running, gpu
+from tests import machine_code
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -38,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SECONDARY = ["sm_90"]
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ALL_CONSTANTS_HAVE_ATTRIBUTES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 LAST = torch.channels_last
 
@@ -56,7 +56,26 @@ CALLS: dict[str, dict[str, Any]] = {
 """Calls whose kernels are compiled; those with main False not for every target, nor held to full-width vectors."""
 
 
-def launches(
+class HasDtype(Protocol):
+    """A tensor, or what stands for one: compiling does not look at anything else of it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+Pointers = Sequence[HasDtype | None]
+
+
+class Launch(NamedTuple):
+    """What a verb gives to `gpu.launch`."""
+
+    kernel: Any
+    grid: int
+    pointers: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
+
+
+def recorded(
     shape: tuple[int, ...],
     rows: bool = False,
     dy_rows: bool | None = None,
@@ -64,11 +83,10 @@ def launches(
     activation: str | None = None,
     residual: bool = False,
     masked: bool = False,
+    momentum: float | None = None,
     main: bool = True,
-) -> list[tuple[Any, tuple[Tensor | None, ...], tuple[float, ...]]]:
-    """kernel, pointers and numbers of each launch of a training step; tensors without storage."""
-    seen: list[tuple[Any, tuple[Tensor | None, ...], tuple[float, ...]]] = []
-    gpu.launch = lambda kernel, grid, pointers, numbers: seen.append((kernel, pointers, numbers))
+) -> list[Launch]:
+    """The launches of a training step; tensors without storage."""
 
     def meta(*size: int, of: torch.dtype = dtype, rows: bool = False) -> Tensor:
         t = torch.empty(size, dtype=of, device="meta")
@@ -79,16 +97,32 @@ def launches(
     weight, bias, mean, var = (meta(shape[1], of=wide) for _ in range(4))
     mask = meta(shape[0], *shape[2:], of=torch.bool) if masked else None
     epilogue = Epilogue(weight, bias, torch.empty_like(x) if residual else None, mask, activation)
-    sums = gpu.batch_sums(x, mask)
-    running = Running(mean, var, meta(of=torch.int64), None)
-    _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running)
-    dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, epilogue)
-    gpu.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], residual)
+    running = Running(mean, var, meta(of=torch.int64), momentum)
+    seen: list[Launch] = []
+    with mock.patch.object(gpu, "launch", lambda *given: seen.append(Launch(*given))):
+        sums = gpu.batch_sums(x, mask)
+        _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running)
+        dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, epilogue)
+        gpu.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], residual)
     return seen
 
 
-def compile_for(target: GPUTarget, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Any:
-    """What Triton's dispatch compiles for these arguments: 16-byte aligned pointers, unspecialised integers."""
+def launches(*args: Any, **kwargs: Any) -> list[tuple[Any, tuple[Tensor | None, ...], tuple[float, ...]]]:
+    """kernel, pointers and numbers of each launch of a training step."""
+    return [(each.kernel, each.pointers, each.numbers) for each in recorded(*args, **kwargs)]
+
+
+def options_of(kernel: Any) -> dict[str, Any]:
+    """Triton's options; a Kernel of an earlier version has only its number of warps."""
+    return getattr(kernel, "options", None) or {"num_warps": kernel.warps, "enable_fp_fusion": False}
+
+
+def compile_for(target: GPUTarget, kernel: Any, pointers: Pointers, numbers: Sequence[float]) -> Any:
+    """What Triton's dispatch compiles for these arguments and looks up on disk: pointers begin at 16 bytes.
+
+    Its attributes are part of what it looks up, empty ones too: those of a pointer whose alignment does not count and
+    of constants, before Triton 3.7 only of those that are strings.
+    """
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -96,67 +130,68 @@ def compile_for(target: GPUTarget, kernel: Any, pointers: tuple[Tensor | None, .
     for at, (parameter, value) in enumerate(zip(kernel.function.params, values, strict=True)):
         if value is None or at >= len(pointers) + len(numbers):
             signature[parameter.name], constants[at,] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name], attributes[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            if isinstance(value, str) or ALL_CONSTANTS_HAVE_ATTRIBUTES:
+                attributes[at,] = []
+        elif at < len(pointers):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[at,] = [] if parameter.do_not_specialize_on_alignment else [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(kernel.function, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": kernel.warps, "enable_fp_fusion": False})
+    return triton.compile(source, target=target, options=options_of(kernel))
+
+
+class _Device:
+    """Of a driver, what Triton's dispatch asks before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS.values()).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def dispatched(target: GPUTarget, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Any:
+    """What Triton's dispatch compiles for these arguments, by itself."""
+    driver.set_active(_Device(target))
+    given = kernel.constants | options_of(kernel)
+    return kernel.function.warmup(*pointers, *numbers, grid=(1, 1, 1), **given)
 
 
 def measure(compiled: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers, spills, and how many global accesses inside loops are of 128 bits."""
+    """Registers, spills, and how many global accesses of streaming loops are of 128 bits or more."""
     if target.backend == "hip":
         spills = re.findall(r"\.(?:s|v)gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
         scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", compiled.asm["amdgcn"])
         registers = re.findall(r"\.vgpr_count:\s*(\d+)", compiled.asm["amdgcn"])
         return {"registers": int(registers[0]), "local": sum(map(int, spills + scratch))}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
-    wide, accesses = _streaming(code)
-    return {"registers": registers, "local": stack + local, "wide": wide, "accesses": accesses}
-
-
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([NVIDIA_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
-
-
-def _streaming(code: str) -> tuple[int, int]:
-    """Global accesses of 128 bits, and all, in loops; not in those over float64 partials, which add with DADD."""
-    lines = code.splitlines()
-    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)}
-    wide = accesses = 0
-    for at, line in enumerate(lines):
-        jump = re.search(r"BRA\S*\s.*`\((\.L_x_\d+)\)", line)
-        if jump is None or labels.get(jump[1], at) >= at:
-            continue
-        body = lines[labels[jump[1]] : at]
-        if not any("DADD" in each for each in body):
-            memory = re.findall(r"\b(?:LDG|STG)\.\S+", "\n".join(body))
-            accesses += len(memory)
-            wide += sum(".128" in each for each in memory)
-    return wide, accesses
+    code = machine_code.read(compiled.asm["cubin"], compiled.metadata.shared)
+    widths = [width for loop in code.streaming() for width in loop.widths()]
+    wide = sum(width >= 16 for width in widths)
+    return {"registers": code.registers, "local": code.local, "wide": wide, "accesses": len(widths)}
 
 
 def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     for call, given in CALLS.items():
         for kernel, pointers, numbers in launches(**given):
             for target in targets if given.get("main", True) or len(targets) == 1 else SECONDARY:
-                compiled = compile_for(TARGETS[target], kernel, pointers, numbers)
+                arguments = (TARGETS[target], kernel, pointers, numbers)
+                compiled = compile_for(*arguments)
+                is_cuda = TARGETS[target].backend == "cuda"  # AMD's dispatch looks at sizes, too
                 yield {
                     "call": call,
                     "main": given.get("main", True),
                     "kernel": kernel.function.__name__,
                     "target": target,
-                    "threads": 32 * kernel.warps,
+                    "is_dispatched": not is_cuda or dispatched(*arguments).hash == compiled.hash,
                     **measure(compiled, TARGETS[target]),
                 }
 

@@ -25,7 +25,7 @@ def sums_error(x: Tensor, mask: Tensor | None, sms: int) -> tuple[float, float]:
 
 def bits_repeat(x: Tensor, dy: Tensor) -> None:
     """Two runs of every verb give the same bits, and leave every semaphore at 0."""
-    from syncbn.backends import gpu, gpu_launch
+    from syncbn.backends import gpu, gpu_workspace
 
     runs = []
     for _ in range(2):
@@ -35,7 +35,7 @@ def bits_repeat(x: Tensor, dy: Tensor) -> None:
         dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, PLAIN)
         dx, _ = gpu.grad_input(dy, x, mean, invstd, PLAIN, dsums, sums[-1:], False)
         runs.append((sums, y, mean, invstd, dsums, dx, running.mean, running.var))
-        assert all(not work.semaphores.any() for work in gpu_launch._workspaces.values())
+        assert all(not work.semaphores.any() for work in gpu_workspace._workspaces.values())
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -103,12 +103,12 @@ def plans_are_bounded() -> None:
 
 def workspace_grows() -> None:
     """A larger need replaces the workspace, a smaller one does not; semaphores are zero either way."""
-    from syncbn.backends import gpu_launch
+    from syncbn.backends import gpu_workspace
 
     device = torch.device("cpu")
-    partials, semaphores = gpu_launch.workspace(device, 10, 10)
-    assert gpu_launch.workspace(device, 5, 5)[0] is partials
-    larger, more = gpu_launch.workspace(device, partials.numel() + 1, semaphores.numel() + 1)
+    partials, semaphores = gpu_workspace.workspace(device, 10, 10)
+    assert gpu_workspace.workspace(device, 5, 5)[0] is partials
+    larger, more = gpu_workspace.workspace(device, partials.numel() + 1, semaphores.numel() + 1)
     assert larger.numel() > partials.numel()
     assert more.numel() > semaphores.numel()
     assert not more.any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from syncbn import backends
-from syncbn.backends import gpu_launch
+from syncbn.backends import gpu_launch, gpu_workspace
 
 
 class Recorder:
@@ -61,9 +61,9 @@ def test_the_interpreter_is_always_called() -> None:
 def test_captured_launches_have_their_own_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two captured launches share a semaphore; where none are left the graph fills its own."""
     arena = torch.zeros(10, dtype=torch.int32)
-    monkeypatch.setitem(gpu_launch._arenas, 0, [arena])
+    monkeypatch.setitem(gpu_workspace._arenas, 0, [arena])
     device = torch.device("cpu")
-    first, second, third = (gpu_launch._captured_zeros(device, size) for size in (4, 4, 4))
+    first, second, third = (gpu_workspace._captured_zeros(device, size) for size in (4, 4, 4))
     first += 1
     second += 2
     assert arena.tolist() == [1] * 4 + [2] * 4 + [0] * 2

@@ -123,23 +123,6 @@ def select(x: Tensor) -> Backend:
     return _load(name_for(x))
 
 
-def prepare(x: Tensor, epilogue: Epilogue, running: Running | None) -> Backend:
-    """The back-end for calls with tensors of these shapes, strides, dtypes and device, and this activation.
-
-    It may do less in each of them than the one that `select` gives, and the same.
-    """
-    if name_for(x) != "gpu":
-        return select(x)
-    from syncbn.backends import gpu_direct
-
-    return gpu_direct.prepare(x, epilogue, running)
-
-
-def forced() -> str | None:
-    """The name given to `force`, if it is in force."""
-    return _forced
-
-
 @functools.cache
 def _load(name: str) -> Backend:
     if name == "cpu":

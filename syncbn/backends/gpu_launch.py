@@ -1,6 +1,5 @@
-"""What stands between a verb and its kernel: the plan of a call, kept; workspaces; the launch itself."""
+"""What stands between a verb and its kernel: the plan of a call, and the launch itself."""
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,6 @@ from syncbn.backends import gpu_tiles as tiles
 MOST_PLANS = 1024
 """Plans kept, the oldest dropped first; what Triton compiled does not depend on sizes and is not dropped."""
 
-MOST_STREAMS = 64
-CAPTURED_SEMAPHORES = 1 << 16
 SMS_WITHOUT_DEVICE = 132
 
 Pointers = tuple[Tensor | None, ...]
@@ -161,75 +158,3 @@ def sms_of(device: torch.device) -> int:
     if device.type != "cuda":
         return SMS_WITHOUT_DEVICE
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class Workspace(NamedTuple):
-    """Scratch of one stream, with its addresses and sizes."""
-
-    partials: Tensor
-    semaphores: Tensor
-    partials_at: int
-    semaphores_at: int
-    most_partials: int
-    most_semaphores: int
-
-
-_workspaces: dict[tuple[int, int], Workspace] = {}
-_arenas: dict[int, list[Tensor]] = {}
-_lock = threading.Lock()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether launches on the current stream are being written to a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def workspace(device: torch.device, partials: int, semaphores: int) -> tuple[Tensor, Tensor]:
-    """float64 scratch and int32 zeros for one launch on the current stream of the (current) device.
-
-    One per device and stream: launches of one stream follow each other and leave the zeros as they found them.
-    Under graph capture each launch has its own, since a graph may be replayed on any stream, next to any other.
-    """
-    if is_capturing(device):
-        return torch.empty(partials, dtype=torch.float64, device=device), _captured_zeros(device, semaphores)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device.index or 0, stream)
-    found = _workspaces.get(key)
-    if found is None or found.most_partials < partials or found.most_semaphores < semaphores:
-        found = _grow(key, device, partials, semaphores)
-    return found.partials, found.semaphores
-
-
-def known_workspace(index: int, stream: int, plan: Plan) -> Workspace | None:
-    """The workspace of a device's stream, if it has one that is large enough."""
-    found = _workspaces.get((index, stream))
-    if found is None or found.most_partials < plan.partials or found.most_semaphores < plan.semaphores:
-        return None
-    return found
-
-
-def _grow(key: tuple[int, int], device: torch.device, partials: int, semaphores: int) -> Workspace:
-    """A workspace at least twice the last one; its memory belongs to its stream, which alone reuses it when dropped."""
-    with _lock:
-        last = _workspaces.pop(key, None)
-        if last is not None:
-            partials, semaphores = max(partials, 2 * last.most_partials), max(semaphores, last.most_semaphores)
-        while len(_workspaces) >= MOST_STREAMS:
-            _workspaces.pop(next(iter(_workspaces)))
-        if device.type == "cuda" and key[0] not in _arenas:
-            _arenas[key[0]] = [torch.zeros(CAPTURED_SEMAPHORES, dtype=torch.int32, device=device)]
-        scratch = torch.empty(max(partials, 1 << 16), dtype=torch.float64, device=device)
-        zeros = torch.zeros(max(semaphores, 1 << 12), dtype=torch.int32, device=device)
-        found = Workspace(scratch, zeros, scratch.data_ptr(), zeros.data_ptr(), scratch.numel(), zeros.numel())
-        _workspaces[key] = found
-        return found
-
-
-def _captured_zeros(device: torch.device, semaphores: int) -> Tensor:
-    """Zeros of a captured launch's own: set aside before the capture, or, where none are left, filled by the graph."""
-    with _lock:
-        left = _arenas.get(device.index or 0)
-        if not left or left[0].numel() < semaphores:
-            return torch.zeros(semaphores, dtype=torch.int32, device=device)
-        mine, left[0] = left[0][:semaphores], left[0][semaphores:]
-        return mine

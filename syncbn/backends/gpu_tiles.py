@@ -199,7 +199,7 @@ def combination(shape: Shape, tile: Tile) -> Combination:
     block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
     team = block_s if tile.splits > TEAM_FROM * block_s > TEAM_FROM else 0
     teams = _cdiv(tile.splits, team) if team else 0
-    partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits
+    partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits + 2 * shape.channels
     return Combination(block_k, pow2(tile.group // here), team, block_s, partials, tile.groups * (1 + teams))
 
 

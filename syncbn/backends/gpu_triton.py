@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
-from triton.runtime import driver
 
 Launch = Callable[..., None]
 """(stream, addresses and numbers in the kernel's order, but for those fixed at the end)"""
@@ -20,11 +19,6 @@ def has_listeners() -> bool:
     """Whether anyone hooked into launches, a profiler say: a function, or a chain of some."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def current_device_and_stream() -> tuple[Callable[[], int], Callable[[int], int]]:
-    """Functions for the current device's index, and for a device's current stream, which Triton launches on."""
-    return driver.active.get_current_device, driver.active.get_current_stream
 
 
 def direct_launch(compiled: Any, grid: int, fixed: tuple[Any, ...]) -> Launch:

@@ -22,11 +22,16 @@ class Recent(Generic[V]):
         value = self._values.get(key)
         if value is None:
             value = make()
-            with self._lock:
-                while len(self._values) >= self.most:
-                    self._values.pop(next(iter(self._values)))
-                self._values[key] = value
+            self.put(key, value)
         return value
+
+    def put(self, key: Hashable, value: V) -> None:
+        """Let value be the key's."""
+        with self._lock:
+            self._values.pop(key, None)
+            while len(self._values) >= self.most:
+                self._values.pop(next(iter(self._values)))
+            self._values[key] = value
 
     def clear(self) -> None:
         self._values.clear()
