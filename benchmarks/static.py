@@ -1,6 +1,7 @@
 """What the kernels' machine code is like, read from the code that Triton makes for a GPU: not a time, and no GPU.
 
-    python -m benchmarks.static [--target sm_90] [--out FILE] [--append] [--state before --tree CHECKOUT]
+    python -m benchmarks.static [--target sm_90] [--out FILE] [--append] [--shapes 32x256x56x56 …] [--dtypes bf16 …]
+    COMMIT=c6ee4ee0d6 python -m benchmarks.static --state before --tree CHECKOUT --append
 
 One row a verb, shape, layout and dtype of a training step:
 
@@ -34,16 +35,16 @@ SMS = 132
 """Of an H100 or H200; the plans, made without a device, are for as many."""
 
 SHAPES = (
-    (8, 256, 128, 256),
-    (2, 256, 200, 336),
-    (32, 64, 112, 112),
-    (32, 256, 56, 56),
-    (32, 512, 28, 28),
-    (32, 1024, 14, 14),
-    (32, 2048, 7, 7),
-    (8, 64, 56, 56),
+    "8x256x128x256",
+    "2x256x200x336",
+    "32x64x112x112",
+    "32x256x56x56",
+    "32x512x28x28",
+    "32x1024x14x14",
+    "32x2048x7x7",
+    "8x64x56x56",
 )
-FUSED_SHAPES = ((2, 256, 200, 336),)
+FUSED_SHAPES = ("2x256x200x336",)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COLUMNS = (
     "commit",
@@ -71,7 +72,7 @@ COLUMNS = (
 class Call(NamedTuple):
     """A training step whose kernels are looked at."""
 
-    shape: tuple[int, ...]
+    shape: str
     layout: str
     dtype: str
     epilogue: str
@@ -81,16 +82,16 @@ class Call(NamedTuple):
         from tests.gpu_compile import recorded
 
         fused = {"activation": "relu", "residual": True} if self.epilogue == "add_relu" else {}
-        rows = self.layout == "NHWC"
-        found = recorded(self.shape, rows=rows, dtype=DTYPES[self.dtype], momentum=0.1, **fused)
+        shape = tuple(map(int, self.shape.split("x")))
+        found = recorded(shape, rows=self.layout == "NHWC", dtype=DTYPES[self.dtype], momentum=0.1, **fused)
         return [launch for launch in found if not fused or verb_of(launch) != "batch_sums"]
 
 
-def calls() -> Iterator[Call]:
-    for dtype in DTYPES:
+def calls(shapes: Sequence[str], dtypes: Sequence[str]) -> Iterator[Call]:
+    for dtype in dtypes:
         for layout in ("NHWC", "NCHW"):
-            yield from (Call(shape, layout, dtype, "none") for shape in SHAPES)
-            yield from (Call(shape, layout, dtype, "add_relu") for shape in FUSED_SHAPES)
+            yield from (Call(shape, layout, dtype, "none") for shape in shapes)
+            yield from (Call(shape, layout, dtype, "add_relu") for shape in shapes if shape in FUSED_SHAPES)
 
 
 def verb_of(launch: "Launch") -> str:
@@ -169,21 +170,23 @@ def measured(launch: "Launch", code: MachineCode, target: str) -> dict[str, Any]
     }
 
 
-def rows(target: str, state: str) -> Iterator[dict[str, Any]]:
+def rows(target: str, state: str, shapes: Sequence[str], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
     import triton
 
     compiler = Compiler(target)
     origin = {"commit": commit(), "triton": triton.__version__, "state": state, "target": target}
-    for call in calls():
+    for call in calls(shapes, dtypes):
         for launch in call.launches():
-            asked = call._asdict() | {"shape": "x".join(map(str, call.shape)), "verb": verb_of(launch)}
-            yield origin | asked | measured(launch, compiler(launch), target)
+            found = measured(launch, compiler(launch), target)
+            yield origin | call._asdict() | {"verb": verb_of(launch)} | found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="sm_90", choices=ARCHITECTURES)
     parser.add_argument("--out", type=Path, help="file; default: static-<target>.csv among the results")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--append", action="store_true", help="add rows to the file instead of starting it anew")
     parser.add_argument("--state", default="after", choices=("before", "after"), help="what the rows are called")
     parser.add_argument("--tree", type=Path, help="checkout whose kernels are read; default: this one")
@@ -197,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.pop(0)
     out = args.out or RESULTS / f"static-{args.target.replace('_', '')}.csv"
     results = Results(out, COLUMNS, args.append)
-    for row in rows(args.target, args.state):
+    for row in rows(args.target, args.state, args.shapes, args.dtypes):
         results.add(row)
         print(*results.rows[-1].values(), flush=True)
 

@@ -54,7 +54,7 @@ def test_registers(rows: list[dict[str, Any]]) -> None:
 
 
 def test_streaming_loops_use_full_vectors(rows: list[dict[str, Any]]) -> None:
-    """In the main layouts each global load, copy and store of the streaming loops is of 128 bits, and there are some."""
+    """In the main layouts each global load, copy or store of a streaming loop is of 128 bits, and there are some."""
     main = [row for row in rows if row["main"]]
     assert [row for row in main if not 0 < row["accesses"] == row["wide"]] == []
 

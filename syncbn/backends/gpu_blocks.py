@@ -34,6 +34,22 @@ def scaled(size, along: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def positions_in(
+    t, inner, positions, FOLD: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    """how many inner positions tile t has; of a folded row, whose last may end anywhere, for each column (BLOCK_C)"""
+    if EVEN:
+        return BLOCK_I
+    elif FOLD:
+        PIXELS: tl.constexpr = GROUP // FOLD
+        has_last = (tl.arange(0, BLOCK_C) < positions % PIXELS * FOLD).to(tl.int32)
+        return tl.minimum(tl.maximum(positions // PIXELS - t * BLOCK_I + has_last, 0), BLOCK_I)
+    else:
+        return tl.minimum(inner - t.to(tl.int64) * BLOCK_I, BLOCK_I).to(tl.int32)
+
+
+@triton.jit
 def tile_valid(
     t, column, inner, columns, positions, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -52,17 +68,23 @@ def tile_valid(
 
 
 @triton.jit
-def tile_at(tile, tiles_inner):
-    """outer index o of a tile, and which one of o's it is"""
-    return tile // tiles_inner, tile % tiles_inner
+def tile_at(tile, tiles_inner, MERGED: tl.constexpr):
+    """outer index o of a tile, and which one of o's it is; MERGED says that there is one outer index"""
+    if MERGED:
+        return tile * 0, tile
+    else:
+        return tile // tiles_inner, tile % tiles_inner
 
 
 @triton.jit
-def next_tile(o, t, splits, tiles_inner):
+def next_tile(o, t, splits, tiles_inner, MERGED: tl.constexpr):
     """the tile `splits` tiles after tile t of outer index o"""
-    t += splits % tiles_inner
-    wraps = t >= tiles_inner
-    return o + splits // tiles_inner + wraps.to(tl.int32), tl.where(wraps, t - tiles_inner, t)
+    if MERGED:
+        return o, t + splits
+    else:
+        t += splits % tiles_inner
+        wraps = t >= tiles_inner
+        return o + splits // tiles_inner + wraps.to(tl.int32), tl.where(wraps, t - tiles_inner, t)
 
 
 @triton.jit

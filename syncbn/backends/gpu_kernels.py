@@ -60,7 +60,7 @@ def batch_sums_kernel(
     sums_ptr,  # (2C + 1) float64: the result
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, EVEN: tl.constexpr,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
@@ -73,17 +73,17 @@ def batch_sums_kernel(
         tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
     )
     column = group * GROUP
-    if mask_ptr is None and (EVEN or not FOLD):
+    if mask_ptr is None:
         n, sum_x, sum_sq = column_sums(
             x_ptr, column, split, splits, tiles, tiles_inner, inner, columns, positions,
             x_stride_o, x_stride_c, x_stride_i,
-            KIND, ALIGN, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
+            KIND, ALIGN, FOLD, MERGED, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
         )
     else:
         n, sum_x, sum_sq = counted_sums(
             x_ptr, mask_ptr, column, split, splits, tiles, tiles_inner, inner, columns, positions,
             x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-            KIND, ALIGN, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
+            KIND, ALIGN, FOLD, MERGED, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I, STAGES, DTYPE,
         )
     teams = tl.cdiv(splits, TEAM) if TEAM else 0
     counts_ptr = partials_ptr + (groups * (splits + teams)).to(tl.int64) * (2 * BLOCK_K)
@@ -131,7 +131,7 @@ def normalize_kernel(
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
-    PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     CUMULATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """y = activation((x − mean)·invstd·weight + bias + residual); the first split of a group moves its buffers"""
@@ -159,7 +159,7 @@ def normalize_kernel(
     mean = mean[:, None]
     scale = (invstd * weight)[:, None]
     column = group * GROUP
-    o_next, t_next = tile_at(split, tiles_inner)
+    o_next, t_next = tile_at(split, tiles_inner, MERGED)
     for _ in tl.range(0, tiles, num_stages=STAGES):
         o, t = mirrored(o_next, t_next, outer, tiles_inner)
         valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
@@ -178,4 +178,4 @@ def normalize_kernel(
             y_ptr, o, t, column, y_stride_o, y_stride_c, y_stride_i, KIND_Y, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=valid)
-        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner)
+        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner, MERGED)

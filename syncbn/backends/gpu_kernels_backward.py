@@ -20,7 +20,7 @@ from syncbn.backends.gpu_blocks import (
     tile_valid,
 )
 from syncbn.backends.gpu_kernels import PARAMETERS, RESIDUAL, WORK, X, Y
-from syncbn.backends.gpu_sums import add_two, channel_sums, combine, store_as, sum_lanes
+from syncbn.backends.gpu_sums import add_two, channel_sums, combine, spread, store_as, sum_lanes
 
 DY = ["dy_stride_o", "dy_stride_c", "dy_stride_i"]
 
@@ -50,7 +50,7 @@ def grad_sums_kernel(
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_DY: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
-    PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
@@ -70,7 +70,7 @@ def grad_sums_kernel(
     sum_dz = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     sum_dz_d = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     column = group * GROUP
-    o, t = tile_at(split, tiles_inner)
+    o, t = tile_at(split, tiles_inner, MERGED)
     for _ in tl.range(0, tiles, num_stages=STAGES):
         exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         valid = counted(mask_ptr, o, t, mask_stride_o, mask_stride_i, exists, BLOCK_I)
@@ -87,12 +87,13 @@ def grad_sums_kernel(
         )
         sum_dz += dz
         sum_dz_d = tl.fma(dz, x - mean, sum_dz_d)
-        o, t = next_tile(o, t, splits, tiles_inner)
+        o, t = next_tile(o, t, splits, tiles_inner, MERGED)
     sum_dz, sum_dz_d = tl.reduce((sum_dz, sum_dz_d), 1, add_two)
-    sum_dz_xhat = sum_dz_d.to(tl.float64) * invstd.to(tl.float64)
+    sum_dz = spread(sum_dz).to(tl.float64)
+    sum_dz_xhat = spread(sum_dz_d).to(tl.float64) * spread(invstd).to(tl.float64)
     is_last, total = combine(
         partials_ptr, semaphores_ptr, group, groups, split, splits,
-        channel_sums(sum_dz.to(tl.float64), FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P),
+        channel_sums(sum_dz, FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P),
         channel_sums(sum_dz_xhat, FOLD, PLANE, GROUP, BLOCK_K, BLOCK_P), BLOCK_K, TEAM, BLOCK_S,
     )
     if is_last:
@@ -127,7 +128,7 @@ def grad_input_kernel(
     y_stride_o, y_stride_c, y_stride_i, dy_stride_o, dy_stride_c, dy_stride_i,
     residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_DY: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr,
-    FOLD: tl.constexpr, PLANE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    FOLD: tl.constexpr, PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dx = scale·(dz − Σdz/n + slope·(x − mean)), slope = −invstd·Σdz·x̂/n, scale = invstd·weight; dresidual = dz"""
@@ -152,7 +153,7 @@ def grad_input_kernel(
         slope = tl.broadcast_to(-slope.to(DTYPE)[:, None], (BLOCK_C, BLOCK_I))
     scale = scale[:, None]
     column = group * GROUP
-    o_next, t_next = tile_at(split, tiles_inner)
+    o_next, t_next = tile_at(split, tiles_inner, MERGED)
     for _ in tl.range(0, tiles, num_stages=STAGES):
         o, t = mirrored(o_next, t_next, outer, tiles_inner)
         exists = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
@@ -179,4 +180,4 @@ def grad_input_kernel(
                 dresidual_ptr, o, t, column, y_stride_o, y_stride_c, y_stride_i, KIND_Y, ALIGN, WIDE, BLOCK_C, BLOCK_I
             )
             tl.store(at, dz.to(dresidual_ptr.dtype.element_ty), mask=exists)
-        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner)
+        o_next, t_next = next_tile(o_next, t_next, splits, tiles_inner, MERGED)

@@ -113,12 +113,13 @@ def _plan_of(
     itemsize = min(t.element_size() for name, t in tensors.items() if t is not None and name != "mask")
     kind = kinds["x"]
     align = tiles.alignment(shape, kind, list(kinds.values()), [views[name] for name in kinds], itemsize)
-    light = tensors["mask"] is not None or align * itemsize < 16
-    effort = tiles.EFFORTS[function.__name__.removesuffix("_kernel")]
+    light = tensors["mask"] is not None or align * itemsize < 16 or shape.fold > 0
+    effort = tiles.effort_of(function.__name__.removesuffix("_kernel"), kind, shape)
     tile = tiles.choose(shape, kind, x.element_size(), sms_of(x.device), effort, light)
     names = {"x": "KIND", "y": "KIND_Y", "dy": "KIND_DY", "residual": "KIND_R"}
     geometry: dict[str, Any] = {names[name]: kinds.get(name, "strided") for name in tensors if name != "mask"}
-    geometry |= {"ALIGN": align, "FOLD": shape.fold, "PLANE": shape.plane, "EVEN": tiles.is_even(shape, tile)}
+    geometry |= {"ALIGN": align, "FOLD": shape.fold, "PLANE": shape.plane, "MERGED": shape.outer == 1}
+    geometry |= {"EVEN": tiles.is_even(shape, tile)}
     geometry |= {"WIDE": tiles.is_wide(shape, tile, list(views.values())), "GROUP": tile.group}
     geometry |= {"BLOCK_C": tile.block_c, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
     partials = semaphores = 0

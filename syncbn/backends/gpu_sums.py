@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from syncbn.backends.gpu_blocks import counted, next_tile, tile_at, tile_pointers, tile_valid
+from syncbn.backends.gpu_blocks import counted, next_tile, positions_in, tile_at, tile_pointers, tile_valid
 
 # The formatter would give each number a line of its own.
 # fmt: off
@@ -20,8 +20,8 @@ def add_two(a, b, c, d):
 @triton.jit
 def column_sums(
     x_ptr, column, split, splits, count, tiles_inner, inner, columns, positions, x_stride_o, x_stride_c, x_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """count, Σx, Σx² of each column (BLOCK_C) in float64, by d = x − k with k the mean of the program's first tile
 
@@ -30,50 +30,49 @@ def column_sums(
     it instead; where its second tile is such a one too, all of them are.
     """
     turn = 0
-    if not EVEN:
+    if not (EVEN or MERGED):
         turn = ((split % tiles_inner == tiles_inner - 1) & (count > 1)).to(tl.int32)
-    o, t = tile_at(split + turn * splits, tiles_inner)
+    o, t = tile_at(split + turn * splits, tiles_inner, MERGED)
     pivot = tl.zeros([BLOCK_C], DTYPE)
     total = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     total_sq = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
-    n = count * BLOCK_I
+    n = count * BLOCK_I + tl.zeros([BLOCK_C], tl.int32) if FOLD else count * BLOCK_I
     for at_tile in tl.range(0, count, num_stages=STAGES):
         valid = tile_valid(t, column, inner, columns, positions, FOLD, EVEN, WIDE, GROUP, BLOCK_C, BLOCK_I)
         at = tile_pointers(
             x_ptr, o, t, column, x_stride_o, x_stride_c, x_stride_i, KIND, ALIGN, WIDE, BLOCK_C, BLOCK_I
         )
         x = tl.load(at, mask=valid, other=0.0).to(DTYPE)
-        present = BLOCK_I
-        if not EVEN:
-            present = tl.minimum(inner - t.to(tl.int64) * BLOCK_I, BLOCK_I).to(tl.int32)
-            n -= BLOCK_I - present
+        present = positions_in(t, inner, positions, FOLD, EVEN, GROUP, BLOCK_C, BLOCK_I)
+        n -= BLOCK_I - present
         if at_tile == 0:  # here, since the loads of the tiles after it are under way by now
-            pivot = tl.sum(x, axis=1) / present
+            pivot = tl.sum(x, axis=1) / tl.maximum(present, 1)
         d = tl.where(valid, x - pivot[:, None], 0.0)
         total += d
         total_sq = tl.fma(d, d, total_sq)
-        o, t = next_tile(o, t, splits, tiles_inner)
-        if not EVEN:
-            first_o, first_t = tile_at(split, tiles_inner)
+        o, t = next_tile(o, t, splits, tiles_inner, MERGED)
+        if not (EVEN or MERGED):
+            first_o, first_t = tile_at(split, tiles_inner, MERGED)
             ends = at_tile + 1 + turn == count
             o = tl.where(ends, first_o, o)
             t = tl.where(ends, first_t, t)
     sum_d, sum_d_sq = tl.reduce((total, total_sq), 1, add_two)
-    return raw_sums(tl.zeros([BLOCK_C], tl.float64) + n, pivot, sum_d, sum_d_sq)
+    n = tl.zeros([BLOCK_C], tl.float64) + n
+    return raw_sums(spread(n), spread(pivot), spread(sum_d), spread(sum_d_sq))
 
 
 @triton.jit
 def counted_sums(
     x_ptr, mask_ptr, column, split, splits, count, tiles_inner, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """column_sums of what counts, where a lane may count less often than its neighbour; its pivot is its first value
 
     Of a lane's T values the first is no further than σ·√(T − 1) from their mean, as above.
     """
-    o, t = tile_at(split, tiles_inner)
+    o, t = tile_at(split, tiles_inner, MERGED)
     n = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     pivot = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
     total = tl.zeros([BLOCK_C, BLOCK_I], DTYPE)
@@ -90,7 +89,7 @@ def counted_sums(
         n += valid.to(DTYPE)
         total += d
         total_sq = tl.fma(d, d, total_sq)
-        o, t = next_tile(o, t, splits, tiles_inner)
+        o, t = next_tile(o, t, splits, tiles_inner, MERGED)
     used = n > 0
     pivots, lanes = tl.reduce((tl.where(used, pivot, 0.0), used.to(DTYPE)), 1, add_two)
     common = pivots / tl.maximum(lanes, 1.0)  # lanes move to a common pivot, then add up
@@ -98,7 +97,14 @@ def counted_sums(
     total_sq += delta * (2 * total + n * delta)
     total += n * delta
     sum_d, sum_d_sq = tl.reduce((total, total_sq), 1, add_two)
-    return raw_sums(tl.sum(n, axis=1).to(tl.float64), common, sum_d, sum_d_sq)
+    n = tl.sum(n, axis=1).to(tl.float64)
+    return raw_sums(n, spread(common), spread(sum_d), spread(sum_d_sq))
+
+
+@triton.jit
+def spread(values):
+    """the same values, each in one thread or few: a reduction leaves each in many, which would all convert them"""
+    return tl.gather(values, tl.arange(0, values.shape[0]), 0)
 
 
 @triton.jit

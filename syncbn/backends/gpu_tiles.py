@@ -18,20 +18,26 @@ FOLD_COLUMNS = 512
 
 FOLD_BELOW = 8
 
-PLANE_COLUMNS = 2048
-MOST_PLANE = PLANE_COLUMNS // 8
-"""Positions of a plane that is seen as a stretch of its sample's row, at most: the row is cut at whole planes, and 8 of
-them, which begin at a vector whatever their size, must fit into a block's columns."""
+PLANE_COLUMNS = 1024
+MOST_PLANE = 256
+"""Positions of a plane that is seen as a stretch of its sample's row, at most. Such a row is cut between planes, at
+vectors if as many planes as that takes, 8 or fewer, fit into a block of columns."""
 
-THREAD_BYTES_LEAST = 16
-"""One vector."""
+VECTOR = 16
+"""Bytes that a thread loads at once, at most."""
 
 ROW_BYTES = 128
-"""Of other programs' sums that a thread has under way when it adds them up: eight 16-byte vectors."""
+"""Of other programs' sums that a thread has under way when it adds them up."""
 
 MOST_ROWS = 64
+"""Rows of other programs' sums that are added up at a time, at most."""
+
 MOST_COLUMNS = 128
-TEAM_FROM = 2
+LEAST_COLUMNS = 16
+"""Columns of a tile of rows, at most, and where there are sums the fewest that are aimed at: 32 bytes of bfloat16."""
+
+TEAMS_FROM = 3
+"""Times that many rows before programs are added up in teams: a team costs a round to memory and back."""
 
 INT32 = 2**31
 
@@ -60,20 +66,34 @@ class Shape(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How a verb uses an SM: programs on it at once, warps in each, bytes of a tile per thread, tiles under way."""
+    """How a verb uses an SM: programs on it at once, warps in each, bytes of a tile per thread, tiles under way.
+
+    columns: of a tile of rows, at most, where a program leaves sums: with few columns there are many groups, whose last
+    programs have little to add up.
+    """
 
     resident: int
     warps: int
     thread_bytes: int
     stages: int
+    columns: int = 0
 
 
-EFFORTS = {
-    "batch_sums": Effort(2, 8, 32, 4),
-    "normalize": Effort(2, 8, 32, 3),
-    "grad_sums": Effort(2, 8, 32, 3),
-    "grad_input": Effort(2, 8, 32, 3),
+EFFORTS: dict[str, dict[str, Effort]] = {
+    "batch_sums": {"rows": Effort(2, 8, 32, 4, 32), "planes": Effort(4, 4, 32, 4)},
+    "normalize": {"rows": Effort(4, 4, 32, 3), "planes": Effort(4, 4, 32, 3)},
+    "grad_sums": {"rows": Effort(2, 8, 32, 3, 32), "planes": Effort(4, 4, 32, 3)},
+    "grad_input": {"rows": Effort(4, 4, 32, 3), "planes": Effort(4, 4, 32, 3)},
 }
+"""By verb and layout; measured on an H100, 2026-11-26, among 2 to 8 programs, 4 to 16 warps, 1 to 4 stages."""
+
+
+def effort_of(verb: str, kind: str, shape: Shape) -> Effort:
+    """Whole planes as rows, and what has no vectors, are planes in this."""
+    effort = EFFORTS[verb]["rows" if kind == "rows" and not shape.plane else "planes"]
+    if not effort.columns:
+        return effort._replace(columns=MOST_COLUMNS)
+    return effort._replace(columns=max(LEAST_COLUMNS, min(effort.columns, pow2(shape.columns) // 4)))
 
 
 class Tile(NamedTuple):
@@ -166,11 +186,12 @@ def choose(shape: Shape, kind: str, itemsize: int, sms: int, effort: Effort, lig
     light: a lane needs more registers than its sums and its value (its own count, or an address of its own where
     vectors do not fit), so that it gets half as many values.
     """
-    sizes = [(effort.warps, effort.thread_bytes), (4, effort.thread_bytes), (4, THREAD_BYTES_LEAST)]
+    sizes = [(effort.warps, effort.thread_bytes), (4, effort.thread_bytes), (4, VECTOR)]
     if light:
-        sizes = [(4, THREAD_BYTES_LEAST)]
+        sizes = [(4, VECTOR)]
     for warps, thread_bytes in sizes:
-        group, block_c, block_i = _best_block(shape, kind, itemsize, warps * 32 * thread_bytes // itemsize)
+        elements = warps * 32 * thread_bytes // itemsize
+        group, block_c, block_i = _best_block(shape, kind, itemsize, elements, effort.columns)
         groups = _cdiv(shape.columns, group)
         tiles = shape.outer * _cdiv(shape.inner, block_i)
         if groups * tiles >= 2 * sms:
@@ -197,7 +218,7 @@ def combination(shape: Shape, tile: Tile) -> Combination:
     here = shape.fold or (tile.group // shape.plane if shape.plane else tile.group)
     block_k = pow2(here)
     block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
-    team = block_s if tile.splits > TEAM_FROM * block_s > TEAM_FROM else 0
+    team = block_s if tile.splits > TEAMS_FROM * block_s > TEAMS_FROM else 0
     teams = _cdiv(tile.splits, team) if team else 0
     partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits + 2 * shape.channels
     return Combination(block_k, pow2(tile.group // here), team, block_s, partials, tile.groups * (1 + teams))
@@ -218,15 +239,14 @@ def is_wide(shape: Shape, tile: Tile, views: Sequence[Strides]) -> bool:
     return max(far, shape.inner + tile.block_i, shape.columns + tile.block_c) >= INT32
 
 
-def _best_block(shape: Shape, kind: str, itemsize: int, elements: int) -> tuple[int, int, int]:
-    """columns, block_c × block_i ≤ elements with the fewest idle lanes and runs of 128 bytes or more."""
+def _best_block(shape: Shape, kind: str, itemsize: int, elements: int, columns: int) -> tuple[int, int, int]:
+    """group, block_c × block_i ≤ elements with the fewest idle lanes and the longest runs; of rows, ≤ columns."""
     if shape.fold or shape.plane:
         group = shape.columns if shape.fold else _planes(shape, itemsize, min(elements, PLANE_COLUMNS))
         block_c = pow2(group)
         return group, block_c, max(1, min(elements // block_c, pow2(shape.inner)))
     best = (0.0, 0, 1, 1)
-    most = min(elements, pow2(shape.columns), MOST_COLUMNS if kind == "rows" else elements)
-    for block_c in _powers(most):
+    for block_c in _powers(min(elements, pow2(shape.columns), columns if kind == "rows" else elements)):
         block_i = max(1, min(elements // block_c, pow2(shape.inner)))
         run, whole = (block_c, shape.columns) if kind == "rows" else (block_i, shape.inner)
         used = _used(shape.columns, block_c) * _used(shape.inner, block_i) * (block_c * block_i / elements)
@@ -239,7 +259,7 @@ def _best_block(shape: Shape, kind: str, itemsize: int, elements: int) -> tuple[
 
 def _planes(shape: Shape, itemsize: int, most: int) -> int:
     """Columns of as many whole planes as fit, beginning on a vector wherever the planes' size allows it."""
-    vector = 16 // itemsize
+    vector = VECTOR // itemsize
     unit = vector // math.gcd(vector, shape.plane)
     planes = min(most // shape.plane, shape.channels)
     if planes < shape.channels and planes > unit:
