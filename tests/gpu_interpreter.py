@@ -1,18 +1,9 @@
-"""A process in which Triton interprets its kernels on the CPU, and the jobs that tests run in it.
-
-TRITON_INTERPRET decides when triton is imported, once for a process; the tests' own has perhaps imported it already.
-"""
+"""A process in which Triton interprets its kernels on the CPU, and the jobs that tests run in it."""
 
 import importlib.metadata
-import multiprocessing
-import os
-import pickle
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from typing import Any
 
 import pytest
 import torch
@@ -20,67 +11,29 @@ from torch import Tensor
 
 from syncbn.backends import Epilogue, Running
 from tests.oracle import UNIT, Call, Case, Outcome, compare, make_calls
+from tests.triton_process import TritonProcess
 
-JOB_TIMEOUT = 120.0
 CUT_BFLOAT16 = 2**-7 + 3e-6
 """oracle.UNIT's bound where bfloat16 is cut off, by a whole unit in the last place, as the interpreter does."""
 
 
-class Interpreter:
-    """`run(fn, *args)` is fn(*args) in that process; what it raises is raised here, with its traceback."""
+class Interpreter(TritonProcess):
+    """A process whose Triton interprets."""
 
     def __init__(self) -> None:
         old_triton, old_numpy = (_version(name) < limit for name, limit in (("triton", (3, 7)), ("numpy", (2, 4))))
         if old_triton and not old_numpy:
             pytest.skip("the interpreter of Triton before 3.7 has no range() with numpy 2.4 or later")
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
-            self._process.start()
-        finally:
-            del os.environ["TRITON_INTERPRET"]
-            if before is not None:
-                os.environ["TRITON_INTERPRET"] = before
-        theirs.close()
+        super().__init__({"TRITON_INTERPRET": "1"}, _begin)
 
-    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
-        self._connection.send_bytes(pickle.dumps((fn, args)))
-        if not self._connection.poll(JOB_TIMEOUT):
-            raise AssertionError(f"no answer within {JOB_TIMEOUT:.0f} s")
-        ok, answer = pickle.loads(self._connection.recv_bytes())
-        if not ok:
-            raise AssertionError(answer)
-        return answer
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+def _begin() -> None:
+    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.6's own, for range()
+    UNIT[torch.bfloat16] = CUT_BFLOAT16
 
 
 def _version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
-
-
-def _serve(connection: Connection) -> None:
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.6's own, for range()
-    torch.set_num_threads(1)
-    UNIT[torch.bfloat16] = CUT_BFLOAT16
-    while True:
-        try:
-            fn, args = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        torch.manual_seed(0)
-        try:
-            answer: tuple[bool, Any] = (True, fn(*args))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
 
 
 @contextmanager

@@ -15,7 +15,11 @@ from syncbn.backends import gpu_launch, gpu_workspace
 class Recorder:
     """A kernel: `recorder[grid](...)` notes the call and returns what was compiled, if anything."""
 
-    arg_names = ("x_ptr", "n", "SECOND", "FIRST")
+    arg_names = ("x_ptr", "weight_ptr", "n", "SECOND", "FIRST")
+    params = tuple(
+        SimpleNamespace(name=name, is_constexpr=name.isupper(), do_not_specialize_on_alignment=name == "weight_ptr")
+        for name in arg_names
+    )
 
     def __init__(self, compiled: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -30,21 +34,22 @@ class Recorder:
 
 
 def test_a_compiled_kernel_is_launched_directly() -> None:
-    """The second launch with the same alignment bypasses Triton's dispatch, constants in the kernel's order."""
+    """The second launch with x aligned alike bypasses Triton's dispatch, constants in the kernel's order; the alignment
+    of a parameter does not count."""
     compiled = Recorder(None)
     compiled.packed_metadata = ()  # type: ignore[attr-defined]
     function = Recorder(compiled)
     kernel = gpu_launch.Kernel(function, {"FIRST": 1, "SECOND": 2}, 4)
     storage = torch.zeros(64)
     aligned, odd = storage[:8], storage[1:9]
-    for x in (aligned, aligned, storage[4:], None):
-        gpu_launch.launch(kernel, 7, (x,), (3,))
+    for x, weight in ((aligned, aligned), (aligned, odd), (storage[4:], odd), (None, aligned)):
+        gpu_launch.launch(kernel, 7, (x, weight), (3,))
     assert [len(function.calls), len(compiled.calls)] == [1, 3]
     assert function.calls[0][0] == (7, 1, 1)
     assert function.calls[0][2] == {"FIRST": 1, "SECOND": 2, "num_warps": 4, "enable_fp_fusion": False}
     assert compiled.calls[0][0] == (7, 1, 1)
-    assert compiled.calls[0][1][1:] == (3, 2, 1)
-    gpu_launch.launch(kernel, 7, (odd,), (3,))
+    assert compiled.calls[0][1][2:] == (3, 2, 1)
+    gpu_launch.launch(kernel, 7, (odd, aligned), (3,))
     assert [len(function.calls), len(compiled.calls)] == [2, 3]
 
 
@@ -53,7 +58,7 @@ def test_the_interpreter_is_always_called() -> None:
     function = Recorder(None)
     kernel = gpu_launch.Kernel(function, {}, 4)
     for _ in range(3):
-        gpu_launch.launch(kernel, 1, (torch.zeros(4),), ())
+        gpu_launch.launch(kernel, 1, (torch.zeros(4), None), ())
     assert len(function.calls) == 3
     assert kernel.compiled == {}
 

@@ -1,19 +1,24 @@
 """How calls are cut into tiles: enough programs for every SM, every element once, vectors where they fit."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.backends.gpu_tiles import (
+    EFFORTS,
     MOST_TILES,
     Shape,
     Strides,
     Tile,
     alignment,
+    are_small_planes,
     choose,
     collapse,
+    combination,
+    effort_of,
     fold_factor,
     is_even,
     is_wide,
@@ -22,6 +27,7 @@ from syncbn.backends.gpu_tiles import (
 )
 
 SMS = 132
+VERBS = list(EFFORTS)
 
 RESNET = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14)]
 RESNET += [(512, 7), (2048, 7)]
@@ -30,32 +36,73 @@ IMAGES += [(2, 64, 400, 672), (2, 256, 200, 336), (2, 512, 100, 168), (2, 1024, 
 IMAGES += [(8, channels, 512 // down, 1024 // down) for channels, down in ((64, 2), (256, 4), (512, 8), (2048, 8))]
 
 
-def plan(shape: tuple[int, ...], rows: bool, itemsize: int = 2) -> tuple[Shape, str, Tile, int]:
-    """Shape, kind, tile and alignment of a dense tensor, as the launch makes them."""
+class Cut(NamedTuple):
+    """How a dense tensor is cut, as the launch does it."""
+
+    shape: Shape
+    kind: str
+    tile: Tile
+    align: int
+
+    @property
+    def tiles(self) -> int:
+        return self.shape.outer * -(-self.shape.inner // self.tile.block_i)
+
+
+def plan(shape: tuple[int, ...], rows: bool, itemsize: int = 2, verb: str = "batch_sums", light: bool = False) -> Cut:
     samples, channels, *spatial = shape
     pixels = 1
     for size in spatial:
         pixels *= size
     view = Strides(channels * pixels, 1, channels) if rows else Strides(channels * pixels, pixels, 1)
-    outer, inner, (view,) = merge(samples, pixels, [view])
-    cut = Shape(outer, channels, inner, 0, samples * pixels)
-    if fold := fold_factor(channels, samples * pixels, [view]):
-        cut = Shape(1, channels * fold, -(-inner // fold), channels, samples * pixels)
-        view = Strides(0, 1, channels * fold)
+    if are_small_planes(samples, channels, pixels, [view], itemsize):
+        cut = Shape(1, channels * pixels, samples, samples * pixels, plane=pixels)
+        view = Strides(0, 1, view.outer)
+    else:
+        outer, inner, (view,) = merge(samples, pixels, [view])
+        cut = Shape(outer, channels, inner, samples * pixels)
+        if fold := fold_factor(channels, samples * pixels, [view]):
+            cut = Shape(1, channels * fold, -(-inner // fold), samples * pixels, fold=channels)
+            view = Strides(0, 1, channels * fold)
     kind = kind_of(view, cut.columns, cut.inner)
     align = alignment(cut, kind, [kind], [view], itemsize)
-    return cut, kind, choose(cut, kind, itemsize, SMS, align * itemsize < 16), align
+    light = light or align * itemsize < 16 or cut.fold > 0
+    return Cut(cut, kind, choose(cut, kind, itemsize, SMS, effort_of(verb, kind, cut), light), align)
 
 
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("shape", [*IMAGES, (4096, 2048)], ids=str)
-def test_every_benchmark_shape_fills_the_device(shape: tuple[int, ...], rows: bool) -> None:
-    """At least 132 programs, or the smallest tiles there are: 4 warps with one 16-byte vector a thread."""
-    cut, _, tile, _ = plan(shape, rows or len(shape) == 2)
-    smallest = tile.per_program == 1 and tile.block_c * tile.block_i <= 1024
-    assert tile.programs >= SMS or smallest
-    lanes = tile.programs * tile.per_program * tile.block_c * tile.block_i
-    assert lanes <= 2 * cut.outer * cut.columns * cut.inner or smallest, "more than half of the lanes are idle"
+def test_every_benchmark_shape_fills_the_device(shape: tuple[int, ...], rows: bool, verb: str) -> None:
+    """A program for each SM, or all tiles at once of the smallest size there is; hardly a lane is idle."""
+    cut = plan(shape, rows or len(shape) == 2, verb=verb)
+    smallest = cut.tile.splits == cut.tiles and cut.tile.block_c * cut.tile.block_i <= 1024
+    assert cut.tile.programs >= SMS or smallest
+    lanes = cut.tiles * cut.tile.groups * cut.tile.block_c * cut.tile.block_i
+    assert lanes <= 2 * cut.shape.outer * cut.shape.columns * cut.shape.inner or smallest, "half of the lanes are idle"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_programs_are_resident_at_once(shape: tuple[int, ...], rows: bool, verb: str) -> None:
+    """No program waits for another to end, but where its tiles would be too many for one pivot."""
+    cut = plan(shape, rows, verb=verb)
+    threads = 32 * cut.tile.warps * cut.tile.programs
+    too_many = -(-cut.tiles // cut.tile.splits) == MOST_TILES or cut.tile.splits == 1
+    assert threads <= 512 * SMS or too_many
+
+
+@pytest.mark.parametrize("verb", ["batch_sums", "grad_sums"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_the_last_program_has_little_to_add_up(shape: tuple[int, ...], rows: bool, verb: str) -> None:
+    """At most 72 KB of others' sums: what one SM reads from L2 in about 2 µs."""
+    cut = plan(shape, rows, verb=verb)
+    sums = combination(cut.shape, cut.tile)
+    teams = -(-cut.tile.splits // sums.team) if sums.team else 0
+    at_once = max(min(cut.tile.splits, sums.team), teams) if sums.team else cut.tile.splits
+    assert at_once * 2 * sums.block_k * 8 <= 72 * 1024
 
 
 @pytest.mark.parametrize(
@@ -63,8 +110,10 @@ def test_every_benchmark_shape_fills_the_device(shape: tuple[int, ...], rows: bo
     [
         ((32, 64, 112, 112), False, 8),
         ((32, 512, 28, 28), False, 8),
-        ((32, 1024, 14, 14), False, 4),
-        ((32, 2048, 7, 7), False, 1),
+        ((32, 1024, 14, 14), False, 8),
+        ((32, 2048, 7, 7), False, 8),
+        ((32, 20, 3, 3), False, 4),
+        ((32, 2048, 25, 42), False, 2),
         ((32, 256, 56, 56), True, 8),
         ((32, 3, 112, 112), True, 8),
         ((32, 16, 112, 112), True, 8),
@@ -73,8 +122,8 @@ def test_every_benchmark_shape_fills_the_device(shape: tuple[int, ...], rows: bo
     ],
 )
 def test_vectors(shape: tuple[int, ...], rows: bool, vector: int) -> None:
-    """16-byte vectors wherever planes or rows are multiples of them; 3 channels are folded into wide rows."""
-    assert plan(shape, rows)[3] == vector
+    """16-byte vectors wherever planes or rows are multiples of them, or 3 channels or small planes make such rows."""
+    assert plan(shape, rows).align == vector
 
 
 @given(
@@ -84,25 +133,37 @@ def test_vectors(shape: tuple[int, ...], rows: bool, vector: int) -> None:
     rows=st.booleans(),
     itemsize=st.sampled_from([2, 4, 8]),
     light=st.booleans(),
+    verb=st.sampled_from(VERBS),
 )
 def test_every_element_is_in_one_tile(
-    samples: int, channels: int, pixels: int, rows: bool, itemsize: int, light: bool
+    samples: int, channels: int, pixels: int, rows: bool, itemsize: int, light: bool, verb: str
 ) -> None:
-    """Programs × their runs cover the tiles without overlap; no block is empty or larger than a thread block holds."""
-    cut, kind, _, _ = plan((samples, channels, pixels), rows, itemsize)
-    tile = choose(cut, kind, itemsize, SMS, light)
+    """Groups and tiles cover the columns and positions once; no block is empty or larger than a thread block holds."""
+    cut, _, tile, _ = plan((samples, channels, pixels), rows, itemsize, verb, light)
     tiles = cut.outer * -(-cut.inner // tile.block_i)
-    starts = range(0, tile.splits * tile.per_program, tile.per_program)
-    covered = [t for start in starts for t in range(start, min(start + tile.per_program, tiles))]
-    assert covered == list(range(tiles))
-    assert tile.splits == 1 or starts[-1] < tiles, "a program without a tile"
-    assert (tile.groups - 1) * tile.block_c < cut.columns <= tile.groups * tile.block_c
-    assert 1 <= tile.per_program <= MOST_TILES
+    assert 1 <= tile.splits <= max(tiles, 1), "a program without a tile"
+    assert -(-tiles // tile.splits) <= MOST_TILES
+    assert (tile.groups - 1) * tile.group < cut.columns <= tile.groups * tile.group
+    assert tile.group <= tile.block_c
+    assert tile.group % (cut.plane or cut.fold or 1) == 0, "a channel is in two groups, or in none"
     assert tile.block_c * tile.block_i <= 32 * tile.warps * 32 // itemsize
     assert tile.block_c.bit_count() == tile.block_i.bit_count() == 1, "not powers of two"
     if is_even(cut, tile):
         assert cut.outer * cut.columns * cut.inner == tiles * tile.groups * tile.block_c * tile.block_i
         assert cut.columns * cut.inner * cut.outer == samples * channels * pixels
+
+
+@given(splits=st.integers(1, 3000), block_k=st.sampled_from([1, 16, 32, 64, 512]), warps=st.sampled_from([4, 8]))
+def test_teams_cover_the_splits(splits: int, block_k: int, warps: int) -> None:
+    """Scratch and semaphores suffice for every split's row, every team's row, and a count for each split."""
+    tile = Tile(block_k, block_k, 1, warps, 1, 3, splits)
+    shape = Shape(1, 3 * block_k, splits, splits)
+    sums = combination(shape, tile)
+    teams = -(-splits // sums.team) if sums.team else 0
+    assert sums.team in (0, sums.block_s)
+    assert sums.partials == 3 * (splits + teams) * 2 * block_k + splits + 2 * shape.channels
+    assert sums.semaphores == 3 * (1 + teams)
+    assert teams <= splits
 
 
 @given(
@@ -151,5 +212,5 @@ def test_few_channels_are_folded(channels: int, folded: bool) -> None:
 )
 def test_wide_offsets(view: Strides, inner: int, wide: bool) -> None:
     """64 bits inside a tile only where strides or positions ask for them; a tile's start always has them."""
-    cut = Shape(1, 64, inner, 0, inner)
-    assert is_wide(cut, choose(cut, "rows", 2, SMS), [view]) == wide
+    cut = Shape(1, 64, inner, inner)
+    assert is_wide(cut, choose(cut, "rows", 2, SMS, effort_of("batch_sums", "rows", cut)), [view]) == wide

@@ -12,8 +12,7 @@ from syncbn.backends.gpu_triton import Launch, direct_launch, has_listeners
 from syncbn.backends.gpu_workspace import Workspace
 from syncbn.backends.recent import Recent
 
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
-_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 class Step:
@@ -42,6 +41,7 @@ class Launches:
         self.device, self.index, self.on_cuda = x.device, x.device.index or 0, x.device.type == "cuda"
         self.dtype, self.strides, self.wide = x.dtype, y.stride(), compute_dtype(x.dtype)
         self.halves = gpu.halves
+        self.is_capturing, self.current_stream = gpu_workspace.questions(x.device)
         self.sums, self.dsums = Step(gpu.plan_batch_sums(x, None)), Step(gpu.plan_grad_sums(y, x, epilogue))
         self.normalized = Step(gpu.plan_normalize(x, y, epilogue, running))
         self.inputs = Step(gpu.plan_grad_input(y, x, epilogue, y, None))
@@ -56,12 +56,11 @@ class Launches:
         """
         if addresses & 15 or has_listeners():
             return None
-        stream = 0
-        if self.on_cuda:
-            if _current_device() != self.index or torch.cuda.is_current_stream_capturing():
-                return None
-            stream = _current_stream(self.index)
-        work = gpu_workspace.known_workspace(self.index, stream)
+        if self.on_cuda and _current_device() != self.index:
+            return None
+        if self.is_capturing():
+            return None
+        work = gpu_workspace.known_workspace(self.index, self.current_stream())
         return work if work is not None and work.has(self.partials, self.semaphores) else None
 
 

@@ -1,6 +1,8 @@
 """Scratch for the sums of a launch: one workspace a stream, and zeros of its own for every captured launch."""
 
+import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,6 +42,14 @@ def is_capturing(device: torch.device) -> bool:
 def current_stream(device: torch.device) -> int:
     """The handle of the stream that a launch goes to."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def questions(device: torch.device) -> tuple[Callable[[], bool], Callable[[], int]]:
+    """`is_capturing` and `current_stream` of this device, without looking at it each time."""
+    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own code generators ask
+    if device.type != "cuda" or raw_stream is None:
+        return lambda: is_capturing(device), lambda: current_stream(device)
+    return torch.cuda.is_current_stream_capturing, functools.partial(raw_stream, device.index)
 
 
 def workspace(device: torch.device, partials: int, semaphores: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""What a driver is given by the GPU back-end: Triton's real launcher on a driver that runs nothing."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import stub_device, stub_jobs
+from tests.stub_jobs import Given
+from tests.triton_process import TritonProcess
+
+pytest.importorskip("triton", reason="triton is made for Linux only")
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    if reason := stub_device.why_not():
+        pytest.skip(reason)
+    process = TritonProcess(stub_device.build(tmp_path_factory.mktemp("driver")), stub_device.install)
+    yield process
+    process.close()
+
+
+GIVEN = {
+    "planes": Given((4, 64, 14, 16)),
+    "rows, cumulative": Given((4, 64, 14, 14), "channels_last", momentum=None),
+    "small planes, float16": Given((4, 64, 7, 7), dtype=torch.float16, activation="silu"),
+    "masked": Given((4, 64, 7, 7), masked=True, activation="leaky_relu"),
+    "3 channels": Given((4, 3, 9, 9), "channels_last", residual=False, activation=None),
+    "no parameters, one sample": Given((1, 1, 1, 2), residual=False, activation=None, affine=False, track=False),
+    "float64": Given((16, 5), dtype=torch.float64),
+    "empty": Given((0, 5, 3, 3)),
+    "one value a channel": Given((1, 16, 1, 1)),
+    "a crop": Given((4, 6, 5, 8), "sliced"),
+    "off its alignment": Given((4, 64, 14, 16), offset=3),
+    "an integer momentum": Given((4, 16, 8, 8), momentum=1),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_every_argument_arrives(device: TritonProcess, given: Given) -> None:
+    """First call and kept kernel: each parameter that the machine code declares has the value that was given for it."""
+    assert device.run(stub_jobs.every_argument_arrives, given) >= 10
+
+
+CAPTURED = {
+    "one group": Given((8, 16, 9, 9), "channels_last"),
+    "planes": Given((4, 64, 14, 16)),
+    "40 channels": Given((8, 40, 9, 9)),
+    "cumulative": Given((4, 64, 14, 14), "channels_last", momentum=None),
+}
+
+
+@pytest.mark.parametrize("given", CAPTURED.values(), ids=CAPTURED)
+def test_captured_calls_load_nothing(device: TritonProcess, given: Given) -> None:
+    """Under graph capture nothing is compiled, whatever the addresses, and no two launches share semaphores."""
+    device.run(stub_jobs.captured_calls_load_nothing, given)
+
+
+def test_parameters_may_begin_anywhere(device: TritonProcess) -> None:
+    """A parameter's alignment costs no compilation."""
+    assert device.run(stub_jobs.parameters_may_begin_anywhere) == 0
+
+
+def test_devices_have_their_own_kernels(device: TritonProcess) -> None:
+    """Two devices keep their own compiled kernels."""
+    device.run(stub_jobs.devices_have_their_own_kernels)
+
+
+DIRECT = {
+    "rows": Given((4, 64, 14, 14), "channels_last"),
+    "planes": Given((4, 64, 14, 16), residual=False),
+    "small planes, no activation": Given((4, 64, 7, 7), activation=None),
+    "float64": Given((16, 5), dtype=torch.float64, activation="silu"),
+    "float32": Given((2, 6, 40), dtype=torch.float32, activation=None, residual=False),
+}
+
+
+@pytest.mark.parametrize("given", DIRECT.values(), ids=DIRECT)
+def test_the_direct_way_is_the_same(device: TritonProcess, given: Given) -> None:
+    """A layer's later steps go the direct way, with the first one's kernels, grids and numbers, each given its own."""
+    assert device.run(stub_jobs.the_direct_way_is_the_same, given) == ["direct"] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "then"),
+    [
+        ("nothing", True),
+        ("hook", False),
+        ("capture", False),
+        ("address", False),
+        ("dtype", False),
+        ("parameter", False),
+    ],
+)
+def test_what_is_unusual_goes_the_readable_way(device: TritonProcess, what: str, then: bool) -> None:
+    """A hook on launches hears all four; a capture, an odd address or another parameter is not launched directly."""
+    assert device.run(stub_jobs.ways_of, what) == [False, True, then, True]
