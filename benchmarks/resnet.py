@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import syncbn
-from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Running
+from syncbn.functional import over_group
 
 Norm = Callable[[int, bool], nn.Module]
 """(channels, relu) -> a module of (x, residual or None): relu?(bn(x) + residual?)"""
@@ -48,9 +47,10 @@ class ForcedOurs(syncbn.SyncBatchNorm):
     """Ours with its collectives issued in a group of one."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        options = Options(self.eps, self.activation, dist.group.WORLD, running)
-        return NormalizeBatch.apply(x, self.weight, self.bias, residual, mask, options)
+        parameters, buffers = self._parameters, self._buffers
+        statistics = (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum)
+        given = (parameters["weight"], parameters["bias"], True, self.eps, residual, self.activation, mask)
+        return over_group(dist.group.WORLD, x, statistics, *given)
 
 
 NORMS: dict[str, Norm] = {

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 import syncbn
 from benchmarks.checking import EPS, Case
-from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Running
+from syncbn.functional import over_group
 
 MOMENTUM = 0.1
 
@@ -71,12 +70,12 @@ def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False
 def ours_forced(case: Case, fused: bool = False) -> Apply:
     """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
     channels, like = case.x.shape[1], case.weight.detach()
-    running = Running(like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM)
-    options = Options(EPS, "relu" if fused else None, dist.group.WORLD, running)
+    statistics = (like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM)
+    activation = "relu" if fused else None
 
     def apply(x: Tensor, residual: Tensor | None) -> Tensor:
-        y: Tensor = NormalizeBatch.apply(x, case.weight, case.bias, residual, None, options)
-        return y
+        given = (statistics, case.weight, case.bias, True, EPS, residual, activation, None)
+        return over_group(dist.group.WORLD, x, *given)
 
     return apply
 

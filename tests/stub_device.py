@@ -68,11 +68,15 @@ class StubDevice:
         self._compiled: dict[int, Any] = {}
         self._library = ctypes.CDLL(os.environ["TRITON_LIBCUDA_PATH"] + "/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
         self._callback = ON_LAUNCH(self._note)  # kept alive
-        self._library.stub_on_launch(self._callback)
+        self.watch(True)
 
     @property
     def module_loads(self) -> int:
         return int(self._library.stub_module_loads())
+
+    def watch(self, launches: bool) -> None:
+        """Whether launches are noted, which takes many times as long as they do."""
+        self._library.stub_on_launch(self._callback if launches else None)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:

@@ -258,6 +258,8 @@ def ways_of(what: str) -> list[bool]:
                     now = given._replace(offset=1)
                 elif what == "dtype":
                     layer.half()
+                elif what == "data":
+                    layer.weight.data = torch.ones(32)
                 elif what == "parameter":
                     layer.weight = torch.nn.Parameter(torch.ones(32))
             with stub().capturing() if what == "capture" and step == 2 else torch.enable_grad():

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from tests.launching import FROM_A_LAUNCHER, LAUNCH, TORCHRUN, TRAIN, run, write_cifar10
 
+EPOCH = ("--epochs", "1", "--lr", "0.005")
+"""A quarter of the rate it would take: then roundings do not grow into units that switch on in one run only, which they
+did on one kind of CPU, to a distance of 3e-4."""
+
 LAUNCHED = ("batch", "syncbn")  # here; test_launch.py starts the others
 Runs = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 
@@ -43,7 +47,7 @@ def call(train: ModuleType, *options: str) -> None:
 def outcome(folder: Path, norm: str, *command: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The last log line and the state_dict of an epoch on the digits."""
     log, saved = folder / f"{norm}.jsonl", folder / f"{norm}.pt"
-    run(*command, "--norm", norm, "--epochs", "1", "--log-file", log, "--save", saved)
+    run(*command, "--norm", norm, *EPOCH, "--log-file", log, "--save", saved)
     return json.loads(log.read_text().splitlines()[-1]), torch.load(saved)
 
 
@@ -58,7 +62,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def one_process(train: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The state_dict that ordinary batch norm gives without a launcher, with 50 images."""
     saved = tmp_path_factory.mktemp("one") / "batch.pt"
-    call(train, "--norm", "batch", "--epochs", "1", "--batch-size", "50", "--save", str(saved))
+    call(train, "--norm", "batch", *EPOCH, "--batch-size", "50", "--save", str(saved))
     return torch.load(saved)
 
 
@@ -94,8 +98,8 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def test_two_synchronized_ranks_train_like_one_process(two_ranks: Runs, one_process: dict[str, Tensor]) -> None:
     """SyncBatchNorm on 2 x 25 images gives the model of one process with 50; unsynchronized batch norm does not."""
-    assert distance(two_ranks["syncbn"][1], one_process) < 1e-4  # measured 1e-6: fp32 rounding, grown over 24 steps
-    assert distance(two_ranks["batch"][1], one_process) > 1e-1  # measured 1.8
+    assert distance(two_ranks["syncbn"][1], one_process) < 1e-5  # measured 1e-6: fp32 rounding, grown over 24 steps
+    assert distance(two_ranks["batch"][1], one_process) > 1e-1
 
 
 def test_plain_batch_norm_is_what_gets_converted(train: ModuleType) -> None:
