@@ -7,9 +7,10 @@ One row a verb, shape, layout and dtype of a training step:
 
 - threads_per_sm: as many as an SM's registers, shared memory and limits let be resident
 - kilobytes_in_flight_per_sm: global loads under way at most in the streaming loop, in as many of those programs as the
-  grid has for each SM; it takes the latency times the bandwidth, about 16 KiB on an H100, to keep the memory busy
-- instructions_per_element: those of the streaming loop, without what only its first iteration does
-- instructions_once, barriers_once: of a program outside of that loop, at most, until other programs take over
+  grid has for each SM; to keep the memory busy takes latency times bandwidth, an estimated 16 KiB on an H100
+- instructions_per_element: a thread's in the streaming loop, without what only its first iteration does; elements are
+  counted by the bytes that the loop loads
+- instructions_once, barriers_once: outside of that loop, at most, up to a program's arrival where the last one combines
 - bytes_last_program_reads: of other programs' sums, at most, by the last program of a group of columns
 - local_bytes: a thread's local memory, where registers would spill
 
@@ -81,7 +82,7 @@ class Call(NamedTuple):
         """Those of its four verbs; of the three that an epilogue changes, if it has one."""
         from tests.gpu_compile import recorded
 
-        fused = {"activation": "relu", "residual": True} if self.epilogue == "add_relu" else {}
+        fused: dict[str, Any] = {"activation": "relu", "residual": True} if self.epilogue == "add_relu" else {}
         shape = tuple(map(int, self.shape.split("x")))
         found = recorded(shape, rows=self.layout == "NHWC", dtype=DTYPES[self.dtype], momentum=0.1, **fused)
         return [launch for launch in found if not fused or verb_of(launch) != "batch_sums"]

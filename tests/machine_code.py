@@ -117,7 +117,7 @@ class Loop(NamedTuple):
                 groups, open_group = [*groups, open_group], 0
             elif each.opcode == "DEPBAR.LE":
                 groups = groups[max(len(groups) - _groups_left(each), 0) :]
-            most = max(most, sum(width for width, _ in loads) + sum(groups) + open_group)
+            most = max(most, sum(width for width, _ in loads) + sum(groups))
         return most
 
 

@@ -85,6 +85,15 @@ def test_a_use_of_any_loaded_register_ends_a_load() -> None:
     assert under_way("FADD R20, R20, R3") == 32
 
 
+def test_a_use_leaves_younger_loads_under_way() -> None:
+    """Of three loads the first is used before two more are issued: then four are under way."""
+    first, second, third, fourth, fifth = (f"LDG.E.128 R{at}, desc[UR8][R2.64]" for at in (4, 8, 12, 16, 24))
+    uses = [f"FADD R20, R{at}, R20" for at in (4, 8, 12, 16, 24)]
+    body = (first, second, third, uses[0], fourth, fifth, *uses[1:])
+    (loop,) = code(".L_x_0:", *body, *_again(0)).streaming()
+    assert loop.under_way == 64
+
+
 def test_a_load_used_in_the_next_iteration_stays_under_way() -> None:
     """What the compiler loads for the next iteration counts together with what that one loads before using it."""
     body = ("LDG.E.128 R8, desc[UR8][R2.64]", "FADD R20, R4, R20", "FADD R20, R8, R20", "LDG.E.64 R4, desc[UR8][R2.64]")
@@ -174,7 +183,8 @@ def test_an_atomic_before_the_loop_is_no_arrival() -> None:
         (93, 0, 256, 2),  # 96 registers a thread, so 20 warps
         (80, 0, 256, 3),
         (96, 0, 32, 20),  # 5 warps in each quarter, where all registers together would hold 21
-        (32, 0, 256, 8),  # 2048 threads
+        (41, 0, 128, 10),  # 48 registers a thread
+        (16, 0, 256, 8),  # 2048 threads
         (32, 0, 32, 32),
         (32, 75 << 10, 128, 3),  # and 1 KiB more of shared memory for each program
         (32, 76 << 10, 128, 2),
