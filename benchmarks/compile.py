@@ -11,7 +11,8 @@ are not averaged over the ranks, so that their only collectives are the batch no
     syncbn         ours over all ranks, as a drop-in
     syncbn.fused   ours with add and relu in the layer
 
-each eager and under torch.compile(fullgraph=True), from an empty cache. All take turns in the same processes.
+each eager and under torch.compile(fullgraph=True), from an empty cache. All take turns in the same processes; with
+--budget there are several rounds, the eager models' first, and rows after each, since compilers may outlast it.
 Before timing, logits and the first convolution's gradient are held to a float64 model of all that is synchronised.
 first_seconds is the first pass, compilation and all; kernels are calls of generated code in a step, convolutions and
 collectives apart; graph_breaks and graphs are Dynamo's counts: on a GPU one graph for the check, in float32, and one
@@ -51,6 +52,7 @@ from benchmarks.harness import (
     timing_columns,
 )
 from benchmarks.layer import agreed, say, slowest
+from benchmarks.resilience import report
 from benchmarks.resnet import NORMS, ResNet50
 from benchmarks.step import GRADIENT, LOGITS, Batch
 from tests.oracle import error
@@ -78,6 +80,9 @@ class Setting(NamedTuple):
     compiler: str
     device: torch.device
     ranks: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch} {self.layout}"
 
     def model(self, variant: str) -> ResNet50:
         """The same weights for every variant."""
@@ -121,13 +126,12 @@ def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
     try:
         results = Results(results_path(args, "compile") if rank == 0 else None, COLUMNS, args.append)
-        budget = Budget(args.budget)
+        budget, failures = Budget(args.budget), []
         for setting in settings(args, device):
-            if agreed(budget.spent()):
-                say(rank, f"out of time: skipped {setting}")
-                continue
-            compare(setting, rank, args, results)
+            failures += compare(setting, rank, budget, args, results)
             say(rank, f"{setting}: done")
+        if failures:
+            raise SystemExit("\n".join(failures))
     finally:
         dist.destroy_process_group()
 
@@ -141,21 +145,63 @@ def settings(args: argparse.Namespace, device: torch.device) -> list[Setting]:
     return [Setting(8, 64, layout, *shared) for layout in ("contiguous", "channels_last")]
 
 
-def compare(setting: Setting, rank: int, args: argparse.Namespace, results: Results) -> None:
-    """Check, time and write one setting."""
+Key = tuple[str, str]
+"""variant, mode"""
+
+
+def rounds(with_budget: bool) -> list[list[Key]]:
+    """Who takes turns with whom: all with all; with a budget, what compiles with its own baselines only."""
+    if not with_budget:
+        return [[(variant, mode) for variant in VARIANTS for mode in MODES]]
+    eager = [(variant, "eager") for variant in VARIANTS]
+    compiled = [[("nn.BatchNorm", "compiled"), (v, "eager"), (v, "compiled")] for v in reversed(VARIANTS[1:])]
+    return [eager, [("nn.BatchNorm", mode) for mode in MODES], *compiled]
+
+
+def compare(setting: Setting, rank: int, budget: Budget, args: argparse.Namespace, results: Results) -> list[str]:
+    """Check, time and write one setting; what failed."""
     torch.compiler.reset()
-    entrants = {(variant, mode): Entrant(variant, mode, setting, rank) for variant in VARIANTS for mode in MODES}
-    times = slowest(interleave({key: partial(repetition, e) for key, e in entrants.items()}, args.reps))
-    summaries = {key: summarize(seconds) for (key, _), seconds in times.items()}
-    where = environment(args.machine, setting.device, setting.ranks)
+    entrants: dict[Key, Entrant] = {}
+    failures: list[str] = []
+    for keys in rounds(args.budget > 0):
+        if agreed(budget.spent()):
+            say(rank, f"out of time: {setting} skipped with {' '.join(keys[-1])}")
+            continue
+        new = [key for key in keys if key not in entrants]
+        failures += enter(new, entrants, setting, rank)
+        samplers = {key: partial(repetition, entrants[key]) for key in keys if key in entrants}
+        times = slowest(interleave(samplers, args.reps))
+        summaries = {key: summarize(seconds) for (key, _), seconds in times.items()}
+        shared = {**environment(args.machine, setting.device, setting.ranks), **columns(setting)}
+        for variant, mode in new:
+            summary = summaries.get((variant, mode))
+            if summary is not None:
+                row = {**shared, "variant": variant, "mode": mode, **timing_columns(summary)}
+                row |= {"over_bn": ratio(summary, summaries.get(("nn.BatchNorm", mode)))}
+                row |= {"over_eager": ratio(summary, summaries.get((variant, "eager")))}
+                results.add({**row, **entrants[variant, mode].found})
+    return failures
+
+
+def enter(keys: list[Key], entrants: "dict[Key, Entrant]", setting: Setting, rank: int) -> list[str]:
+    """Make and check those; what failed, where no other rank waits for it."""
+    failures = []
+    for key in keys:
+        try:
+            entrants[key] = Entrant(*key, setting, rank)
+            say(rank, f"{' '.join(key)}: right, first pass {entrants[key].found['first_seconds']:.1f} s")
+        except Exception as problem:  # a compiler's, say: the others are still to be timed
+            if setting.ranks > 1:
+                raise
+            failures.append(report(" ".join(key), problem, setting.device))
+    return failures
+
+
+def columns(setting: Setting) -> dict[str, Any]:
+    """The setting in a row."""
     dtype = "bfloat16" if setting.device.type == "cuda" else "float32"
     shared: dict[str, Any] = {"model": f"resnet {setting.width} x {len(setting.blocks)}", "dtype": dtype}
-    shared |= {"batch": setting.batch, "image": setting.image, "layout": setting.layout}
-    for (variant, mode), summary in summaries.items():
-        row = {**where, **shared, "variant": variant, "mode": mode}
-        row |= {"over_bn": ratio(summary, summaries["nn.BatchNorm", mode])}
-        row |= {"over_eager": ratio(summary, summaries[variant, "eager"])}
-        results.add({**row, **timing_columns(summary), **entrants[variant, mode].found})
+    return shared | {"batch": setting.batch, "image": setting.image, "layout": setting.layout}
 
 
 class Entrant:

@@ -4,18 +4,59 @@ Cold means that a call finds its inputs in no cache: the calls of one repetition
 together are four times the L2 cache, and keep their outputs. Hot means the same inputs again and again.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from benchmarks.resilience import report
 
 COLD_TIMES_L2 = 4
 MOST_COPIES = 96
 """Calls in one repetition at most; inputs so small that these are not four times the L2 count as "partial"."""
 HOT_CALLS = 20
 GIGABYTE = 1 << 30
+UNCAPTURED = " uncaptured"
+"""Added to a row's cache or mode where the call could not be captured and was timed eagerly."""
+
+ByPass = dict[str, Callable[[], float]]
+"""A repetition of each pass: seconds per call."""
+
+
+class Samplers(NamedTuple):
+    """What runs of a comparison: by variant, seconds by pass; `UNCAPTURED` or nothing; and what does not run."""
+
+    calls: dict[str, Callable[[], dict[str, float]]]
+    marks: dict[str, str]
+    failures: list[str]
+
+
+def samplers(makers: Mapping[str, Callable[[bool], ByPass]], graph: bool, what: str, device: torch.device) -> Samplers:
+    """Those of each variant by its maker, which is told whether to capture; eager where it cannot be captured.
+
+    Each has run once, so that one which fails does not take the others' repetitions with it.
+    """
+    made = Samplers({}, {}, [])
+    for name, make in makers.items():
+        for captured in (True, False) if graph else (False,):
+            try:
+                call = partial(_sample, make(captured))
+                call()
+            except Exception as problem:  # whatever it is, it is this variant's own
+                how = " as a CUDA graph" if captured else ""
+                made.failures.append(report(f"{what}: {name}{how}", problem, device))
+                continue
+            made.calls[name], made.marks[name] = call, UNCAPTURED if captured != graph else ""
+            break
+    return made
+
+
+def _sample(by_pass: ByPass) -> dict[str, float]:
+    return {phase: timed() for phase, timed in by_pass.items()}
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -71,12 +112,20 @@ def capture(work: Callable[[], Any], warm: Callable[[], Any]) -> Callable[[], No
             warm()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(Exception):  # a consequence; the cause is what is raised
+                    graph.capture_end()
+                raise
             graph.capture_end()
+    except BaseException:
+        global _stream
+        _stream = None  # later captures are not to meet what this one left
+        raise
     torch.cuda.synchronize()
     return graph.replay
 

@@ -4,8 +4,13 @@
         python3 -m benchmarks.every_kernel
 
 Each call is also held to the reference back-end in float64. Sizes are awkward: odd planes, channel counts that fill no
-vector, slices, masks; the calls come shuffled, so that what --budget cuts is a bit of everything. Without caching,
+vector, slices, masks. The calls are in an order in which the first dozen has every layout with every mask and residual,
+and --budget counts from the end of the first: what a watched run has time for is a bit of everything. Without caching,
 every tensor is an allocation of its own, so that one byte past its end is seen.
+
+    ncu … python3 -m benchmarks.every_kernel --large
+
+runs the four verbs twice on one large bfloat16 channels_last input and holds them to nothing: for a profiler.
 """
 
 import argparse
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.checking import EPS, hold
 from benchmarks.harness import Budget
+from benchmarks.resilience import report
 from benchmarks.shapes import DTYPES
 from syncbn.backends import Epilogue, Running, name_for, reference, select
 from tests.oracle import in_layout
@@ -26,6 +32,7 @@ from tests.oracle import in_layout
 SHAPES = ((3, 5, 7, 7), (33, 130), (2, 70, 9, 3), (4, 64, 33, 31), (2, 8, 40), (300, 24), (2, 3, 4, 5, 6), (0, 5, 7, 7))
 EPILOGUES = ((None, False, False), ("relu", True, False), ("silu", False, True), ("leaky_relu", True, True))
 """(activation, residual, mask)"""
+LARGE = (2, 256, 200, 336)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 
 
@@ -40,14 +47,22 @@ class Small(NamedTuple):
     mask: bool
 
 
-STRIDE = 11
-"""Of the walk through the calls; no divisor of their number, so that it meets all of them."""
-
-
 def cases(smoke: bool) -> list[Small]:
-    """Every call, in an order in which neighbours have little in common."""
-    listed = list(_listed(smoke))
-    return [listed[at * STRIDE % len(listed)] for at in range(len(listed))]
+    """Every call, each time the one with most that the earlier ones did not have."""
+    left, seen, ordered = list(_listed(smoke)), set(), []
+    while left:
+        best = max(left, key=lambda case: sum(weight for part, weight in _parts(case) if part not in seen))
+        left.remove(best)
+        seen |= {part for part, _ in _parts(best)}
+        ordered.append(best)
+    return ordered
+
+
+def _parts(case: Small) -> list[tuple[tuple[object, ...], int]]:
+    """What a call covers, and how much that counts: with which code the kernels are compiled above all."""
+    shape, dtype, layout, activation, residual, mask = case
+    pairs = [((layout, residual, mask), 100), ((shape, layout), 10), ((dtype, layout), 5), ((dtype, activation), 1)]
+    return [*pairs, ((shape, residual, mask), 2), ((shape,), 20), ((dtype,), 20)]
 
 
 def _listed(smoke: bool) -> Iterator[Small]:
@@ -106,23 +121,50 @@ def _verbs(backend, x: Tensor, dy: Tensor, epilogue: Epilogue) -> tuple[Tensor, 
     return kept, y, dweight, dbias, dx, dresidual
 
 
+def run_large(device: torch.device) -> None:
+    """Every verb twice: the first call compiles."""
+    shape = SHAPES[0] if device.type == "cpu" else LARGE
+    x, dy = (torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = torch.ones(2, shape[1], device=device)
+    for _ in range(2):
+        _ours(x, dy, Epilogue(weight, bias))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--budget", type=float, default=0, help="seconds after which no call is started")
+    parser.add_argument("--budget", type=float, default=0, help="seconds after the first call for the others to start")
+    parser.add_argument("--large", action="store_true", help="one large input instead, not checked")
     parser.add_argument("--smoke", action="store_true", help="a few calls: does the script work?")
     args = parser.parse_args(argv)
-    device, budget = torch.device(args.device), Budget(args.budget)
-    everything, worst, done = cases(args.smoke), 0.0, 0
-    for case in everything:
-        if budget.spent():
-            break
-        worst = max(worst, run(case, device))
-        done += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    backend = name_for(torch.empty(1, device=device))
-    print(f"{done} of {len(everything)} calls, back-end {backend}, largest relative error {worst:.1e}", file=sys.stderr)
+    device = torch.device(args.device)
+    if args.large:
+        run_large(device)
+    else:
+        run_all(cases(args.smoke), device, args.budget)
+
+
+def run_all(everything: list[Small], device: torch.device, seconds: float) -> None:
+    """Each call, counted aloud, since who watches may be stopped; exits with 1 if one was wrong."""
+    backend, worst, done, failures = name_for(torch.empty(1, device=device)), 0.0, 0, []
+    budget = Budget(0)
+    try:
+        for case in everything:
+            if budget.spent():
+                break
+            done += 1
+            try:
+                worst = max(worst, run(case, device))
+            except Exception as problem:  # the others are still to be watched
+                failures.append(report(str(case), problem, device))
+            if done == 1:
+                budget = Budget(seconds)
+            if done in (1, len(everything)) or done % 12 == 0:
+                print(f"{done} of {len(everything)} calls, back-end {backend}", file=sys.stderr, flush=True)
+    finally:  # also when an illegal access ends it
+        print(f"made {done} calls of all verbs, {len(failures)} wrong, error at most {worst:.1e}", file=sys.stderr)
+    if failures:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Times are comparable within one run of one script only, so every row carries its
 import argparse
 import csv
 import datetime
+import functools
 import gc
 import os
 import platform
@@ -70,7 +71,7 @@ def interleave(
     gc.disable()
     try:
         for rep in range(reps):
-            turn = rep % len(names)
+            turn = rep % max(1, len(names))
             for name in names[turn:] + names[:turn]:
                 for phase, seconds in samplers[name]().items():
                     times.setdefault((name, phase), []).append(seconds)
@@ -90,12 +91,11 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         if append and path.exists():
             check_columns(path, self.columns)
-            return
-        with path.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(self.columns)
+            self.rows = read_rows(path)
+        self._write_all()
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Write one row; its keys must be the columns, all of them."""
+    def add(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Write one row, and return it as written; its keys must be the columns, all of them."""
         if set(row) != set(self.columns):
             raise ValueError(f"A row has the columns of its file; {set(row) ^ set(self.columns)} is in one only.")
         shown = {key: _shown(value) for key, value in row.items()}
@@ -103,6 +103,22 @@ class Results:
         if self.path is not None:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(shown)
+        return shown
+
+    def amend(self, row: dict[str, str], values: Mapping[str, Any]) -> None:
+        """Write a row that was added once more, with what was found out since."""
+        row.update({key: _shown(value) for key, value in values.items()})
+        self._write_all()
+
+    def _write_all(self) -> None:
+        """The file as a whole, put in the place of the last one."""
+        if self.path is not None:
+            new = self.path.with_suffix(".new")
+            with new.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            new.replace(self.path)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -162,6 +178,7 @@ def environment(machine: str | None, device: torch.device, ranks: int = 1) -> di
     }
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of what was measured, '+dirty' if a tracked file other than a result differs; or $COMMIT."""
     given = os.environ.get("COMMIT")
@@ -196,13 +213,22 @@ def machine_slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+_without_clocks: list[str] = []
+
+
 def clocks() -> str:
-    """SM and memory clock in MHz, now and at most, as nvidia-smi tells them; empty without it."""
+    """SM and memory clock in MHz, now and at most, as nvidia-smi tells them; empty without it.
+
+    Where it does not answer it is not asked again: waiting for it before every comparison would cost most of them.
+    """
     fields = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
-    index = str(torch.cuda.current_device())
-    line = _output("nvidia-smi", "-i", index, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    query = ("nvidia-smi", "-i", str(torch.cuda.current_device()), f"--query-gpu={fields}")
+    line = "" if _without_clocks else _output(*query, "--format=csv,noheader,nounits")
     values = [value.strip() for value in line.split(",")]
-    return "sm {} mem {} max {} {}".format(*values) if len(values) == 4 else ""
+    if len(values) != 4:
+        _without_clocks.append(line)
+        return ""
+    return "sm {} mem {} max {} {}".format(*values)
 
 
 def triton_version() -> str:
@@ -218,7 +244,7 @@ def triton_version() -> str:
 def _output(*command: str) -> str:
     """Standard output, stripped; empty if the command fails or does not exist."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels                   # needs a GPU
     python -m benchmarks.kernels --smoke --device cpu
 
-A verb is timed as syncbn.backends.select(x) serves it, as a CUDA graph, with inputs cold and hot in the L2 cache.
+A verb is timed as syncbn.backends.select(x) serves it, as a CUDA graph, with inputs cold and hot in the L2 cache; where
+it cannot be captured, eagerly, which `cache` then says ("cold uncaptured").
 `bytes` is what it cannot do without, S being the bytes of the activation; the copy moves as many, half of them read
 and half written:
 
@@ -33,7 +34,6 @@ from benchmarks.harness import (
     Budget,
     Results,
     arguments,
-    environment,
     interleave,
     ratio,
     results_path,
@@ -41,7 +41,8 @@ from benchmarks.harness import (
     timing_columns,
 )
 from benchmarks.layer import bn_backend, plan_columns
-from benchmarks.layer_gpu import rotation
+from benchmarks.layer_gpu import environment_of, rotation
+from benchmarks.resilience import parsed, report, through
 from benchmarks.shapes import Plan, gpu_plans
 from syncbn.backends import Epilogue, name_for, reference, select
 
@@ -77,50 +78,51 @@ class Entrant(NamedTuple):
     is_ours: bool
 
 
+class Job(NamedTuple):
+    """One comparison: every verb on one shape, layout and dtype, without or with add_relu."""
+
+    plan: Plan
+    fused: bool
+
+    def __str__(self) -> str:
+        return f"{self.plan} {'add_relu' if self.fused else 'none'}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, reps=20)
     parser.add_argument("--only", default="", help="comparisons whose name contains this, e.g. 32x2048x7x7")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv, "kernels")
     if args.smoke:
         args.reps = min(args.reps, 3)
         torch.set_num_threads(1)
     results = Results(results_path(args, "kernels"), COLUMNS, args.append)
-    plans = [plan for plan in gpu_plans(args.smoke) if args.only in str(plan)]
-    budget, refused = Budget(args.budget), []
-    for done, plan in enumerate(plans):
-        if budget.spent():
-            print(f"out of time: {len(plans) - done} of {len(plans)} plans skipped", file=sys.stderr)
-            break
-        for fused in (False, True):
-            refused += measure(plan, fused, args, results)
-        print(f"{plan}: done", file=sys.stderr, flush=True)
-    if refused:
-        raise SystemExit("\n".join(refused))
+    jobs = [Job(plan, fused) for plan in gpu_plans(args.smoke) for fused in (False, True) if args.only in str(plan)]
+    through(jobs, partial(measure, args=args, results=results), args, torch.device(args.device))
 
 
-def measure(plan: Plan, fused: bool, args: argparse.Namespace, results: Results) -> list[str]:
-    """Every verb on one shape, layout and dtype; the reasons why implementations were not timed."""
-    device = torch.device(args.device)
+def measure(job: Job, budget: Budget, args: argparse.Namespace, results: Results) -> list[str]:
+    """Every verb; the reasons why implementations were not timed."""
+    device, (plan, fused) = torch.device(args.device), job
     case = make_case(plan, device, fused=fused)
     size = case.x.numel() * case.x.element_size()
     if not device_timing.fits(size * 60, device):
-        print(f"{plan}: skipped, it needs more memory than is free", file=sys.stderr)
+        print(f"{job}: skipped, it needs more memory than is free", file=sys.stderr)
         return []
     case = Case(*(None if t is None else t.detach() for t in case))
     fixed = fix(case)
-    shared = {**environment(args.machine, device), **plan_columns(plan), "bn_backend": bn_backend(case)}
+    shared = {**environment_of(plan, args.machine, device), **plan_columns(plan), "bn_backend": bn_backend(case)}
     shared |= {"epilogue": "add_relu" if fused else "none", "backend": name_for(case.x)}
     refused: list[str] = []
     for verb, passes in VERBS.items():
         if fused and verb == "batch_sums":
             continue
         shared |= {"verb": verb, "bytes": passes[fused] * size}
-        entrants, errors, wrong = right_ones(verb, case, fixed, str(plan))
+        entrants, errors, wrong = right_ones(verb, case, fixed, str(job))
         refused += wrong
         for cold in (True, False):
             copies = device_timing.copies_for(shared["bytes"], cold, device)
             shared["cache"] = device_timing.cache_state(copies, shared["bytes"], device)
-            time_verb(entrants, rotation(case, copies), shared, errors, args.reps, results)
+            refused += time_verb(entrants, rotation(case, copies), shared, errors, args.reps, results)
     return refused
 
 
@@ -214,17 +216,17 @@ def _torchs_on_cpu(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
 def right_ones(verb: str, case: Case, fixed: Fixed, plan: str) -> tuple[list[Entrant], dict[str, float], list[str]]:
     """The implementations whose output is right, their errors, and what was wrong with the others."""
     entrants, errors, refused = [], {}, []
-    for entrant in (ours(verb, case, fixed), torchs(verb, case, fixed)):
-        if entrant is None:
-            continue
-        wanted = "mean" if verb == "batch_sums" and not entrant.is_ours else verb
+    for make in (ours, torchs):
         try:
+            entrant = make(verb, case, fixed)
+            if entrant is None:
+                continue
+            wanted = "mean" if verb == "batch_sums" and not entrant.is_ours else verb
             output = entrant.main(entrant.call(case))
             errors[entrant.name] = hold(f"{verb} by {entrant.name}", output, fixed.right[wanted], entrant.is_ours)
             entrants.append(entrant)
-        except (AssertionError, RuntimeError) as problem:
-            refused.append(f"{plan}: {problem}")
-            print(f"NOT TIMED: {refused[-1]}", file=sys.stderr, flush=True)
+        except Exception as problem:  # whatever it is, the others are still to be timed
+            refused.append(report(f"{plan}: {verb}, {make.__name__}", problem, case.x.device))
     return entrants, errors, refused
 
 
@@ -235,19 +237,25 @@ def time_verb(
     errors: dict[str, float],
     reps: int,
     results: Results,
-) -> None:
-    """Rows of one verb and cache state: the copy first, then every implementation."""
+) -> list[str]:
+    """Rows of one verb and cache state: the copy first, then every implementation; what could not be timed."""
     device = cases[0].x.device
     halves = [torch.zeros(shared["bytes"] // 2, dtype=torch.uint8, device=device) for _ in cases]
     device_timing.forget_captures(device)
-    make = partial(device_timing.timer, device=device, graph=True)
-    timers = {"copy": make(torch.clone, halves), **{e.name: make(e.call, cases) for e in entrants}}
-    samplers = {name: lambda timed=timed: {"": timed()} for name, timed in timers.items()}
-    summaries = {name: summarize(seconds) for (name, _), seconds in interleave(samplers, reps, 1).items()}
+    calls: dict[str, tuple[Call, list[Any]]] = {"copy": (torch.clone, halves)}
+    calls |= {entrant.name: (entrant.call, cases) for entrant in entrants}
+    makers = {
+        name: lambda graph, given=given: {"": device_timing.timer(*given, device, graph)}
+        for name, given in calls.items()
+    }
+    what = f"{shared['shape']} {shared['dtype']} {shared['layout']} {shared['epilogue']} {shared['verb']}"
+    running = device_timing.samplers(makers, device.type == "cuda", what, device)
+    summaries = {name: summarize(seconds) for (name, _), seconds in interleave(running.calls, reps, 1).items()}
     for name, summary in summaries.items():
         row = {**shared, "variant": name, **timing_columns(summary), "error": errors.get(name, "")}
-        speed = shared["bytes"] / summary.median / 1e6
-        results.add({**row, "over_copy": ratio(summary, summaries["copy"]), "gigabytes_per_second": speed})
+        row |= {"cache": shared["cache"] + running.marks[name], "over_copy": ratio(summary, summaries.get("copy"))}
+        results.add({**row, "gigabytes_per_second": shared["bytes"] / summary.median / 1e6})
+    return running.failures
 
 
 if __name__ == "__main__":

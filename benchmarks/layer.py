@@ -19,7 +19,9 @@ unsynchronised variants run on all ranks at once too, and share the machine in t
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ from benchmarks.harness import (
     summarize,
     timing_columns,
 )
+from benchmarks.resilience import parsed
 from benchmarks.shapes import Plan, cpu_plans
 
 COLUMNS = (
@@ -73,7 +76,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads of each rank (CPU); default: the cores, shared out")
     parser.add_argument("--only", default="", help="comparisons whose name contains this, e.g. 8x64x56x56")
     parser.add_argument("--gpu-flow", action="store_true", help="with --smoke, the GPU script's steps on this CPU")
-    args = parser.parse_args(argv)
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile of nn.BatchNorm, too (GPU)")
+    args = parsed(parser, argv, "layer")
     if args.smoke:
         args.reps = min(args.reps, 3)
     return args
@@ -169,13 +173,18 @@ def agreed(flag: bool) -> bool:
 
 
 def write(
-    results: Results, shared: dict[str, Any], summaries: dict[tuple[str, str], Summary], errors: dict[str, float]
+    results: Results,
+    shared: dict[str, Any],
+    summaries: dict[tuple[str, str], Summary],
+    errors: dict[str, float],
+    marks: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """A row for each variant and pass, losers too."""
+    """A row for each variant and pass, losers too; marks are added to the variants' mode."""
     for (name, phase), summary in summaries.items():
         over_copy = ratio(summary, summaries.get(("copy", phase)))
         over_bn = ratio(summary, summaries.get(("nn.BatchNorm", phase)))
         row = {**shared, "pass": phase, "variant": name, **timing_columns(summary)}
+        row["mode"] += marks.get(name, "")
         results.add({**row, "over_copy": over_copy, "over_bn": over_bn, "error": errors.get(name, "")})
 
 

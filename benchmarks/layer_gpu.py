@@ -5,22 +5,23 @@
 
     nn.BatchNorm             torch's layer, then torch's add and relu
     nn.SyncBatchNorm.forced  its synchronized path under NCCL, though it has no peer; then add and relu
-    compiled                 torch.compile of nn.BatchNorm, add and relu; the first shapes only, it takes seconds each
+    compiled                 torch.compile of nn.BatchNorm, add and relu: with --compiled, the first shapes only
     syncbn                   ours, no collective, as it is in a group of one; add and relu in the layer
     syncbn.forced            ours with both collectives issued under NCCL
     copy                     one read and one write of the activation each way: the floor
 
-A variant whose output is wrong is reported and not timed, and the script fails in the end. Backward repeats on graphs
-that were kept, so it includes no forward. The most important comparisons come first: --budget cuts the tail.
+A variant whose output is wrong is reported and not timed, and the script fails in the end; one that cannot be captured
+is timed eagerly, which `mode` then says ("graph uncaptured"). Backward repeats on graphs that were kept, so it includes
+no forward; eager repetitions are half as many. The most important comparisons come first: --budget cuts the tail.
 """
 
 import argparse
+import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,23 @@ from benchmarks import device_timing, variants
 from benchmarks.checking import Case, check, make_case, oracle
 from benchmarks.harness import Budget, Results, environment, interleave, results_path, summarize
 from benchmarks.layer import COLUMNS, bn_backend, plan_columns, write
-from benchmarks.shapes import Plan, gpu_plans
+from benchmarks.resilience import report, through
+from benchmarks.shapes import Plan, layer_plans
 
-OPS = ("bn_add_relu", "bn")
-COMPILED_PLANS = 6
+COMPILED_JOBS = 6
 COMPILE_SECONDS = 45
 """Budget below which no torch.compile is started any more."""
+
+
+class Job(NamedTuple):
+    """One comparison, and whether torch.compile takes part."""
+
+    plan: Plan
+    op: str
+    with_compile: bool
+
+    def __str__(self) -> str:
+        return f"{self.plan} {self.op}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,19 +56,8 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or 1)
     functorch_config.donated_buffer = False  # else a compiled backward runs only once
     results = Results(results_path(args, "layer"), COLUMNS, args.append)
-    refused: list[str] = []
-    budget = Budget(args.budget)
     with alone(device):
-        jobs = list(comparisons(args))
-        for done, (plan, op, with_compile) in enumerate(jobs):
-            if budget.spent():
-                print(f"out of time: {len(jobs) - done} of {len(jobs)} comparisons skipped", file=sys.stderr)
-                break
-            with_compile = with_compile and (budget.left() > COMPILE_SECONDS or args.smoke)
-            refused += compare(plan, op, with_compile, args, results)
-            print(f"{plan} {op}: done", file=sys.stderr, flush=True)
-    if refused:
-        raise SystemExit("\n".join(refused))
+        through(jobs(args), partial(compare, args=args, results=results), args, device)
 
 
 class alone:
@@ -76,36 +77,45 @@ class alone:
         self.folder.cleanup()
 
 
-def comparisons(args: argparse.Namespace) -> Iterator[tuple[Plan, str, bool]]:
-    """(plan, op, whether torch.compile takes part), the more telling first."""
-    plans = [plan for plan in gpu_plans(args.smoke) if args.only in str(plan)]
-    for at, plan in enumerate(plans):
-        for op in OPS:
-            yield plan, op, op == "bn_add_relu" and at < (1 if args.smoke else COMPILED_PLANS)
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """The more telling first."""
+    chosen = [(plan, op) for plan, op in layer_plans(args.smoke) if args.only in str(plan)]
+    fused = [pair for pair in chosen if pair[1] == "bn_add_relu"]
+    compiled = fused[: 1 if args.smoke else COMPILED_JOBS] if args.compiled else []
+    return [Job(*pair, pair in compiled) for pair in chosen]
 
 
-def compare(plan: Plan, op: str, with_compile: bool, args: argparse.Namespace, results: Results) -> list[str]:
-    """Check, time and write one comparison; the reasons why variants were left out for a wrong output."""
-    device, fused = torch.device(args.device), op == "bn_add_relu"
+def compare(job: Job, budget: Budget, args: argparse.Namespace, results: Results) -> list[str]:
+    """Check, time and write one comparison; the reasons why variants were left out."""
+    device, (plan, op, with_compile), fused = torch.device(args.device), job, job.op == "bn_add_relu"
     case = make_case(plan, device, fused=fused)
     size = case.x.numel() * case.x.element_size() * (3 if fused else 2)
     copies = device_timing.copies_for(size, True, device)
-    entrants = gpu_variants(case, fused, with_compile)
+    entrants = gpu_variants(case, fused, with_compile and (args.smoke or budget.left() > COMPILE_SECONDS))
     if not device_timing.fits(size * copies * 2 * len(entrants), device):
-        print(f"{plan} {op}: skipped, it needs more memory than is free", file=sys.stderr)
+        print(f"{job}: skipped, it needs more memory than is free", file=sys.stderr)
         return []
-    entrants, errors, refused = right_ones(plan, case, entrants, fused)
+    entrants, errors, refused = right_ones(str(job), case, entrants, fused)
     cases = rotation(case, copies)
-    for mode in ("graph", "eager") if device.type == "cuda" else ("eager",):
+    for mode, reps in (("graph", args.reps), ("eager", -(-args.reps // 2))):
+        if (mode == "graph" and device.type != "cuda") or budget.spent():
+            continue
         device_timing.forget_captures(device)
-        timers = make_timers(entrants, cases, mode == "graph", device)
-        samplers = {name: partial(sample, by_pass) for name, by_pass in timers.items()}
-        summaries = {key: summarize(seconds) for key, seconds in interleave(samplers, args.reps, 1).items()}
-        setting = {"op": op, "mode": mode, "cache": device_timing.cache_state(copies, size, device)}
-        shared = {**environment(args.machine, device), **setting, "bn_backend": bn_backend(case)}
-        write(results, {**shared, **plan_columns(plan)}, summaries, errors)
-        del timers, samplers
+        makers = {v.name: partial(timers_of, v, cases, device) for v in entrants}
+        running = device_timing.samplers(makers, mode == "graph", f"{job} {mode}", device)
+        refused += running.failures
+        summaries = {key: summarize(seconds) for key, seconds in interleave(running.calls, reps, 1).items()}
+        shared = {**environment_of(plan, args.machine, device), "bn_backend": bn_backend(case), **plan_columns(plan)}
+        shared |= {"op": op, "mode": mode, "cache": device_timing.cache_state(copies, size, device)}
+        write(results, shared, summaries, errors, running.marks)
+        del running  # and its graphs, before the next are captured
     return refused
+
+
+@functools.lru_cache(maxsize=1)
+def environment_of(plan: Plan, machine: str | None, device: torch.device) -> dict[str, Any]:
+    """The environment of a plan's rows; nvidia-smi, which may take a second, is asked once for all of them."""
+    return environment(machine, device)
 
 
 def gpu_variants(case: Case, fused: bool, with_compile: bool) -> list[variants.Variant]:
@@ -126,7 +136,7 @@ def gpu_variants(case: Case, fused: bool, with_compile: bool) -> list[variants.V
 
 
 def right_ones(
-    plan: Plan, case: Case, entrants: list[variants.Variant], fused: bool
+    what: str, case: Case, entrants: list[variants.Variant], fused: bool
 ) -> tuple[list[variants.Variant], dict[str, float], list[str]]:
     """Those with a right output or nothing to check, the errors measured, and what was wrong with the others."""
     expected = oracle([case], 0, fused)
@@ -137,9 +147,8 @@ def right_ones(
                 forward, backward = partial(v.forward, case), partial(v.backward, case)
                 errors[v.name] = check(v.name, forward, backward, expected, v.is_ours)
             right.append(v)
-        except (AssertionError, RuntimeError) as problem:
-            refused.append(f"{plan}: {v.name}: {problem}")
-            print(f"NOT TIMED: {refused[-1]}", file=sys.stderr, flush=True)
+        except Exception as problem:  # whatever it is, the others are still to be timed
+            refused.append(report(f"{what}: {v.name}", problem, case.x.device))
     return right, errors, refused
 
 
@@ -151,21 +160,7 @@ def rotation(case: Case, copies: int) -> list[Case]:
     return [case._replace(x=x, dy=dy, residual=residual) for x, dy, residual in parts]
 
 
-Timers = dict[str, dict[str, Callable[[], float]]]
-
-
-def make_timers(entrants: list[variants.Variant], cases: list[Case], graph: bool, device: torch.device) -> Timers:
-    """By variant and pass; a variant that cannot be captured is reported and missing."""
-    timers: Timers = {}
-    for v in entrants:
-        try:
-            timers[v.name] = timers_of(v, cases, graph, device)
-        except RuntimeError as problem:
-            print(f"NOT TIMED: {v.name} as a CUDA graph: {problem}", file=sys.stderr, flush=True)
-    return timers
-
-
-def timers_of(v: variants.Variant, cases: list[Case], graph: bool, device: torch.device) -> dict[str, Any]:
+def timers_of(v: variants.Variant, cases: list[Case], device: torch.device, graph: bool) -> device_timing.ByPass:
     """A timer for each pass."""
 
     def outputs() -> list[tuple[Case, Any]]:
@@ -181,8 +176,3 @@ def timers_of(v: variants.Variant, cases: list[Case], graph: bool, device: torch
         "backward": device_timing.timer(lambda item: v.backward(*item), ran, device, graph),
         "both": device_timing.timer(both, cases, device, graph),
     }
-
-
-def sample(by_pass: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Seconds of a call, by pass."""
-    return {phase: timed() for phase, timed in by_pass.items()}

@@ -1,6 +1,6 @@
 """What is measured: input shapes (N, C, *S), the more telling ones first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,15 +57,16 @@ def layouts_of(shape: Shape) -> tuple[str, ...]:
     return LAYOUTS if has_channels_last(shape) else LAYOUTS[:1]
 
 
-RESNET50_STAGES = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))
-"""(width, output pixels along a side for a 224² image, blocks) of the four stages."""
+RESNET50_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
+"""(width, blocks) of the four stages; the first sees a quarter of the image's side, each other half of the last's."""
 
 
-def resnet50_norms(batch: int) -> Iterator[Shape]:
-    """The input of each of ResNet-50's 53 batch norms, in order, for 224² images; stride in the 3×3 convolution."""
-    yield (batch, 64, 112, 112)
-    side_in = 56
-    for width, side, blocks in RESNET50_STAGES:
+def resnet50_norms(batch: int, image: int = 224) -> Iterator[Shape]:
+    """The input of each of ResNet-50's 53 batch norms, in order; stride in the 3×3 convolution."""
+    yield (batch, 64, image // 2, image // 2)
+    side_in = image // 4
+    for stage, (width, blocks) in enumerate(RESNET50_STAGES):
+        side = image // 4 >> stage
         for block in range(blocks):
             yield (batch, width, side_in if block == 0 else side, side_in if block == 0 else side)
             yield (batch, width, side, side)
@@ -75,34 +76,50 @@ def resnet50_norms(batch: int) -> Iterator[Shape]:
         side_in = side
 
 
+TYPICAL: tuple[Shape, ...] = (
+    (2, 256, 200, 336),  # detection, 800×1344: the first stage's output
+    (8, 256, 128, 256),  # segmentation, 512×1024
+    (32, 64, 112, 112),
+    (32, 256, 56, 56),
+    (32, 512, 28, 28),
+    (8, 64, 56, 56),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+    (4096, 2048),
+    (8, 2048, 7, 7),
+    (2, 64, 400, 672),
+    (8, 64, 256, 512),
+    (2, 2048, 25, 42),
+    (8, 2048, 16, 32),
+)
+LAYER_FIRST: tuple[Shape, ...] = ((8, 64, 56, 56), (8, 128, 28, 28), (32, 256, 56, 56))
+LAYER_NEXT: tuple[Shape, ...] = ((32, 64, 112, 112),)
+LAYER_HALF: tuple[Shape, ...] = ((32, 256, 56, 56), (8, 64, 56, 56))
+OPS = ("bn_add_relu", "bn")
+
+
 def gpu_shapes() -> list[Shape]:
-    """Typical first: a few of each kind, then all of ResNet-50 at batch 32, 8 and 2."""
-    typical: list[Shape] = [
-        (32, 64, 112, 112),
-        (32, 256, 56, 56),
-        (32, 1024, 14, 14),
-        (32, 2048, 7, 7),
-        (4096, 2048),
-        (2, 256, 200, 336),  # detection, 800×1344: the first stage's output
-        (8, 256, 128, 256),  # segmentation, 512×1024
-        (8, 2048, 7, 7),
-        (2, 64, 400, 672),
-        (8, 64, 256, 512),
-        (2, 2048, 25, 42),
-        (8, 2048, 16, 32),
-    ]
+    """Typical first: a few of each kind, large ones before, then all of ResNet-50 at batch 32, 8 and 2."""
     resnet = [shape for batch in (32, 8, 2) for shape in resnet50_norms(batch)]
-    return list(dict.fromkeys(typical + resnet))
+    return list(dict.fromkeys([*TYPICAL, *resnet]))
 
 
 def gpu_plans(smoke: bool = False) -> list[Plan]:
-    """Coarse to fine: the typical shapes in bfloat16, both layouts; every shape in it; then the other dtypes."""
-    shapes = list(SMOKE_SHAPES) if smoke else gpu_shapes()
-    first, rest = shapes[:8], shapes[8:]
-    groups = [("bfloat16", first), ("bfloat16", rest), *(() if smoke else (("float32", shapes), ("float16", shapes)))]
-    return [
-        Plan(shape, dtype, layout)
-        for dtype, group in groups
-        for shape in group
-        for layout in reversed(layouts_of(shape))
-    ]
+    """Coarse to fine: every shape in bfloat16, both layouts; then the other dtypes."""
+    if smoke:
+        return _plans(SMOKE_SHAPES, "bfloat16")
+    return [plan for dtype in ("bfloat16", "float16", "float32") for plan in _plans(gpu_shapes(), dtype)]
+
+
+def layer_plans(smoke: bool = False) -> list[tuple[Plan, str]]:
+    """(plan, op): small inputs, where the host's time counts, one large, fused float16; then as `gpu_plans`."""
+    first: list[tuple[Plan, str]] = []
+    if not smoke:
+        first += [(plan, op) for plan in _plans(LAYER_FIRST, "bfloat16") for op in OPS]
+        first += [(plan, OPS[0]) for plan in _plans(LAYER_HALF, "float16")]
+        first += [(plan, op) for plan in _plans(LAYER_NEXT, "bfloat16") for op in OPS]
+    return list(dict.fromkeys([*first, *((plan, op) for plan in gpu_plans(smoke) for op in OPS)]))
+
+
+def _plans(shapes: Iterable[Shape], dtype: str) -> list[Plan]:
+    return [Plan(shape, dtype, layout) for shape in shapes for layout in reversed(layouts_of(shape))]

@@ -11,21 +11,24 @@ turn. All models are alive together and take turns, except torch.compile's, whic
     syncbn                   ours as a drop-in, then torch's add and relu
     syncbn.fused             ours with add and relu in the layer
     syncbn.fused.forced      the same with all collectives issued under NCCL
-    compiled                 torch.compile of the model with nn.BatchNorm
+    compiled                 torch.compile of the model with nn.BatchNorm; only with --compiled
 
-Before timing, logits and the first convolution's gradient of a float32 step are held to a float64 model's.
+Before timing, logits and the first convolution's gradient of a float32 step are held to a float64 model's; a model
+that is wrong or fails is reported and left out, and the script fails in the end.
 peak_megabytes is what a step allocates at most beyond what was allocated before it: activations, gradients,
 workspaces. Launches and host syncs of one step are the CUDA runtime's calls that torch.profiler saw.
 """
 
 import argparse
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import device_timing
@@ -42,6 +45,7 @@ from benchmarks.harness import (
     timing_columns,
 )
 from benchmarks.layer_gpu import alone
+from benchmarks.resilience import parsed, report, through
 from benchmarks.resnet import NORMS, build
 from tests.oracle import error
 
@@ -51,7 +55,6 @@ COLUMNS = (
     *("over_bn", "peak_megabytes", "launches", "host_syncs", "error"),
 )
 SETTINGS = ((32, "channels_last"), (8, "channels_last"), (2, "channels_last"), (32, "contiguous"))
-COMPILE_SECONDS = 75
 LOGITS, GRADIENT = 1e-3, 5e-2
 """Relative errors allowed to a float32 step after 53 layers; the gradient has come back through all of them."""
 LAUNCHES = (
@@ -62,6 +65,12 @@ LAUNCHES = (
     "cudaLaunchCooperativeKernel",
 )
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cudaMemcpy")
+
+PATIENCE = 90
+"""Seconds for a setting, the checks before the first and the profiles after each included."""
+
+RESOURCES = {"peak_megabytes": "", "launches": "", "host_syncs": ""}
+"""Of a step on a GPU; filled in after the times are written, since a profiler may fail or take long."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -74,86 +83,123 @@ class Setting(NamedTuple):
     layout: str
     small: bool
     device: torch.device
+    comparison: str = "eager"
+
+    def __str__(self) -> str:
+        return f"{self.comparison} batch {self.batch} {self.layout}"
 
     def batches(self, count: int = 2) -> list[Batch]:
         """(images, labels), random."""
-        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         classes = 10 if self.small else 1000
         shape = (self.batch, 3, self.image, self.image)
-        return [
-            (_to(torch.randn(shape), self.layout, self.device), torch.randint(classes, (self.batch,)).to(self.device))
-            for _ in range(count)
-        ]
+        images = [torch.randn(shape, generator=generator) for _ in range(count)]
+        labels = [torch.randint(classes, (self.batch,), generator=generator).to(self.device) for _ in range(count)]
+        return [(_to(x, self.layout, self.device), y) for x, y in zip(images, labels, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, reps=10).parse_args(argv)
+    parser = arguments(__doc__, reps=10)
+    parser.add_argument("--compiled", action="store_true", help="a comparison with torch.compile, at the end")
+    args = parsed(parser, argv, "step")
     device = torch.device(args.device)
     settings = [Setting(batch, 224, layout, False, device) for batch, layout in SETTINGS]
     if args.smoke:
         args.reps = min(args.reps, 2)
         torch.set_num_threads(1)
         settings = [Setting(4, 32, "channels_last", True, device)]
+    if args.compiled:
+        settings.append(settings[0]._replace(comparison="compiled"))
     results = Results(results_path(args, "step"), COLUMNS, args.append)
-    budget = Budget(args.budget)
-    names = [name for name in NORMS if device.type == "cuda" or not name.startswith("nn.Sync")]
     with alone(device):
-        errors = {name: checked(name, args.smoke, device) for name in names}
-        for at, setting in enumerate(settings):
-            if budget.spent():
-                print(f"out of time: {len(settings) - at} settings skipped", file=sys.stderr)
-                break
-            compare(setting, "eager", names, errors, args, results)
-        if device.type == "cuda" and budget.left() > COMPILE_SECONDS:
-            compare(settings[0], "compiled", ["nn.BatchNorm", "compiled"], errors, args, results)
+        through(settings, partial(compare, args=args, results=results), args, device, PATIENCE)
 
 
-def checked(name: str, small: bool, device: torch.device) -> float:
-    """The error of the logits of a float32 training step on small images; raises if it or the gradient's is wrong."""
+def names_of(setting: Setting) -> list[str]:
+    """The models of a comparison."""
+    if setting.comparison == "compiled":
+        return ["nn.BatchNorm", "compiled"]
+    return [name for name in NORMS if setting.device.type == "cuda" or not name.startswith("nn.Sync")]
+
+
+@functools.cache
+def checked(name: str, small: bool, device: torch.device) -> float | str:
+    """The error of the logits of a float32 training step on small images, or what is wrong with it."""
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        logits, gradient = _outcome(build(name, small), torch.float32, small, device)
-        wanted, wanted_gradient = _outcome(build("nn.BatchNorm", small), torch.float64, small, device)
+        logits, gradient = _outcome(name, torch.float32, small, device)
+        wanted, wanted_gradient = _right(small, device)
+        off, gradient_off = error(logits, wanted), error(gradient, wanted_gradient)
+        if not (off <= LOGITS and gradient_off <= GRADIENT):
+            raise AssertionError(f"logits are off by {off:.2e}, the gradient by {gradient_off:.2e}; it is not timed.")
+        print(f"{name}: right, off by {off:.1e}", file=sys.stderr, flush=True)
+        return off
+    except Exception as problem:  # whatever it is, the other models are still to be timed
+        return report(name, problem, device)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
-    off, gradient_off = error(logits, wanted), error(gradient, wanted_gradient)
-    if not (off <= LOGITS and gradient_off <= GRADIENT):
-        raise AssertionError(f"{name}: logits off by {off:.2e}, gradient by {gradient_off:.2e}; nothing is timed.")
-    return off
 
 
-def _outcome(model: nn.Module, dtype: torch.dtype, small: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _right(small: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _outcome("nn.BatchNorm", torch.float64, small, device)
+
+
+def _outcome(name: str, dtype: torch.dtype, small: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of the first convolution's weight."""
     images, labels = Setting(8, 64, "contiguous", small, device).batches(1)[0]
-    model = model.to(device, dtype).train()
+    model = build(name, small).to(device, dtype).train()
     logits = model(images.to(dtype))
     F.cross_entropy(logits, labels).backward()
     return logits.detach(), model.conv.weight.grad
 
 
-def compare(
-    setting: Setting,
-    comparison: str,
-    names: list[str],
-    errors: dict[str, float],
-    args: argparse.Namespace,
-    results: Results,
-) -> None:
-    """Time and write one setting's models."""
-    batches = setting.batches()
-    steps = {name: make_step(name, setting) for name in names}
-    timers = {name: device_timing.timer(step, batches, setting.device, False) for name, step in steps.items()}
-    samplers = {name: lambda timed=timed: {"": timed()} for name, timed in timers.items()}
-    summaries = {name: summarize(seconds) for (name, _), seconds in interleave(samplers, args.reps, 2).items()}
-    model = "smoke" if setting.small else "resnet50"
-    shared = {**environment(args.machine, setting.device), "comparison": comparison, "model": model}
-    shared |= {"batch": setting.batch, "image": setting.image, "layout": setting.layout, "dtype": "bfloat16"}
+def compare(setting: Setting, budget: Budget, args: argparse.Namespace, results: Results) -> list[str]:
+    """Time and write one setting's models; the reasons why some were left out."""
+    errors = {name: checked(name, setting.small, setting.device) for name in names_of(setting) if name != "compiled"}
+    refused = [error for error in errors.values() if isinstance(error, str)]
+    names = [name for name in names_of(setting) if not isinstance(errors.get(name), str)]
+    batches, steps = setting.batches(), {}
+
+    def maker(name: str, graph: bool) -> device_timing.ByPass:
+        steps[name] = make_step(name, setting)
+        return {"": device_timing.timer(steps[name], batches, setting.device, graph)}
+
+    makers = {name: partial(maker, name) for name in names}
+    running = device_timing.samplers(makers, False, str(setting), setting.device)
+    summaries = {name: summarize(seconds) for (name, _), seconds in interleave(running.calls, args.reps, 1).items()}
+    shared = {**environment(args.machine, setting.device), "comparison": setting.comparison, "dtype": "bfloat16"}
+    shared |= {"model": "smoke" if setting.small else "resnet50", "batch": setting.batch, "image": setting.image}
+    rows = {}
     for name, summary in summaries.items():
-        row = {**shared, "variant": name, **timing_columns(summary)}
-        row |= {"over_bn": ratio(summary, summaries["nn.BatchNorm"]), "error": errors.get(name, "")}
-        results.add({**row, **resources(partial(steps[name], batches[0]), setting.device)})
-        print(f"{comparison} {name} batch {setting.batch} {setting.layout}: done", file=sys.stderr, flush=True)
+        row = {**shared, **RESOURCES, "layout": setting.layout, "variant": name, **timing_columns(summary)}
+        row |= {"over_bn": ratio(summary, summaries.get("nn.BatchNorm")), "error": errors.get(name, "")}
+        rows[name] = results.add(row)
+    if setting.device.type == "cuda":
+        refused += add_resources(
+            rows, {name: partial(steps[name], batches[0]) for name in rows}, setting, budget, results
+        )
+    return refused + running.failures
+
+
+def add_resources(
+    rows: dict[str, dict[str, str]],
+    steps: dict[str, Callable[[], None]],
+    setting: Setting,
+    budget: Budget,
+    results: Results,
+) -> list[str]:
+    """Fill in what a step of each model costs beside its time; what failed."""
+    failures = []
+    for name, row in rows.items():
+        if budget.spent():
+            break
+        try:
+            results.amend(row, resources(steps[name]))
+        except Exception as problem:  # of the profiler, say
+            failures.append(report(f"{setting}: resources of {name}", problem, setting.device))
+    return failures
 
 
 def make_step(name: str, setting: Setting) -> Callable[[Batch], None]:
@@ -175,10 +221,8 @@ def make_step(name: str, setting: Setting) -> Callable[[Batch], None]:
     return step
 
 
-def resources(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Memory, launches and host syncs of a step; empty on CPU."""
-    if device.type != "cuda":
-        return {"peak_megabytes": "", "launches": "", "host_syncs": ""}
+def resources(step: Callable[[], None]) -> dict[str, Any]:
+    """Memory, launches and host syncs of a step on a GPU."""
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -191,12 +235,14 @@ def resources(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
 
 def counted(step: Callable[[], None]) -> dict[str, int]:
     """Calls of the CUDA runtime during a step, as the profiler names them."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    profiler = torch.profiler.profile
+    # where it can be told to keep its events, it warns that else it does not
+    keep = {"acc_events": True} if "acc_events" in inspect.signature(profiler).parameters else {}
+    with profiler(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA], **keep) as p:
         with torch.profiler.record_function("the step"):
             step()
         torch.cuda.synchronize()
-    return tally([(e.name, e.time_range.start, e.time_range.end) for e in profile.events()])
+    return tally([(e.name, e.time_range.start, e.time_range.end) for e in p.events()])
 
 
 def tally(events: list[tuple[str, float, float]]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The benchmarks' own claims: right statistics, no timing of a wrong layer, true counts, whole files."""
 
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compile, every_kernel, harness, kernels, layer, resnet, shapes, step, variants, wire
+from benchmarks import compile, every_kernel, harness, host, kernels, layer, resnet, shapes, step, variants, wire
 from benchmarks.checking import check, make_case, oracle
 from benchmarks.shapes import Plan
 
@@ -17,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 PLAN = Plan((4, 6, 5, 5), "float32", "channels_last")
 COLUMNS = {"layer": layer.COLUMNS, "kernels": kernels.COLUMNS, "step": step.COLUMNS, "wire": wire.COLUMNS}
-COLUMNS |= {"compile": compile.COLUMNS}
+COLUMNS |= {"compile": compile.COLUMNS, "host": host.COLUMNS}
+DTYPE_ORDER = ["bfloat16", "float16", "float32"].index
 
 
 def test_summary() -> None:
@@ -42,6 +44,7 @@ def test_interleave_takes_turns() -> None:
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert times["a", "forward"] == [4.0, 9.0, 11.0]
     assert set(times) == {(name, phase) for name in "abc" for phase in ("forward", "backward")}
+    assert harness.interleave({}, reps=3) == {}
 
 
 def test_results_are_whole_after_every_row(tmp_path: Path) -> None:
@@ -52,8 +55,13 @@ def test_results_are_whole_after_every_row(tmp_path: Path) -> None:
     assert harness.read_rows(path) == [{"a": "x, y", "b": "1.235"}]
     with pytest.raises(ValueError, match="is in one only"):
         results.add({"a": 1})
-    harness.Results(path, ("a", "b"), append=True).add({"a": 2, "b": 3})
-    assert len(harness.read_rows(path)) == 2
+    more = harness.Results(path, ("a", "b"), append=True)
+    row = more.add({"a": 2, "b": ""})
+    assert harness.read_rows(path) == [{"a": "x, y", "b": "1.235"}, {"a": "2", "b": ""}]
+    more.add({"a": 4, "b": 5})
+    more.amend(row, {"b": 3.0})
+    assert [row["b"] for row in harness.read_rows(path)] == ["1.235", "3", "5"]
+    assert [each.name for each in path.parent.iterdir()] == ["r.csv"]
     with pytest.raises(ValueError, match="Write to another file"):
         harness.Results(path, ("a", "c"), append=True)
 
@@ -70,9 +78,9 @@ def test_environment_says_where_and_with_what() -> None:
 
 def test_commit_is_git_s_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit is a short hash, marked when dirty; where there is no repository it can be given."""
-    assert re.fullmatch(r"[0-9a-f]{10}(\+dirty)?|unknown", harness.commit())
+    assert re.fullmatch(r"[0-9a-f]{10}(\+dirty)?|unknown", harness.commit.__wrapped__())
     monkeypatch.setenv("COMMIT", "abc")
-    assert harness.commit() == "abc"
+    assert harness.commit.__wrapped__() == "abc"
 
 
 Backward = Callable[[Tensor], tuple[Tensor, ...]]
@@ -138,6 +146,7 @@ def test_the_shapes_are_resnet50_s() -> None:
     assert len(seen) == 53
     assert sorted(seen) == sorted(shapes.resnet50_norms(2))
     assert set(shapes.resnet50_norms(32)) <= set(shapes.gpu_shapes())
+    assert list(shapes.resnet50_norms(2, 64))[::52] == [(2, 64, 32, 32), (2, 2048, 2, 2)]
 
 
 @pytest.mark.parametrize("world_size", [2, 16])
@@ -171,12 +180,50 @@ def test_wire_file_is_what_is_counted_now() -> None:
 
 @pytest.mark.parametrize("smoke", [True, False])
 def test_every_kernel_meets_every_case(smoke: bool) -> None:
-    """The shuffled list has every shape, dtype, layout and epilogue, and each call of the plain list once."""
-    shuffled = every_kernel.cases(smoke)
-    assert sorted(map(str, shuffled)) == sorted(map(str, every_kernel._listed(smoke)))
-    assert {(c.activation, c.residual, c.mask) for c in shuffled} == set(every_kernel.EPILOGUES)
-    combinations = {(c.shape, c.dtype, c.layout) for c in shuffled}
-    assert len(combinations) == len({c.shape for c in shuffled}) * len(shapes.DTYPES) * len(every_kernel.LAYOUTS)
+    """The list has each call of the plain list once, with every shape, dtype, layout and epilogue."""
+    ordered = every_kernel.cases(smoke)
+    assert sorted(map(str, ordered)) == sorted(map(str, every_kernel._listed(smoke)))
+    assert {(c.activation, c.residual, c.mask) for c in ordered} == set(every_kernel.EPILOGUES)
+    combinations = {(c.shape, c.dtype, c.layout) for c in ordered}
+    assert len(combinations) == len({c.shape for c in ordered}) * len(shapes.DTYPES) * len(every_kernel.LAYOUTS)
+
+
+def test_every_kernel_begins_with_a_bit_of_everything() -> None:
+    """The first twenty calls have every layout with every mask and residual, every shape and every dtype."""
+    first, every = every_kernel.cases(False)[:20], every_kernel.cases(False)
+    for part in (lambda c: (c.layout, c.mask, c.residual), lambda c: c.shape, lambda c: c.dtype):
+        assert set(map(part, first)) == set(map(part, every))
+
+
+def test_every_kernel_counts_its_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The budget begins after the first call; a wrong call is counted, the others are made, and the script fails."""
+    calls: list[every_kernel.Small] = []
+
+    def run(case: every_kernel.Small, device: torch.device) -> float:
+        calls.append(case)
+        time.sleep(0.2 if len(calls) == 1 else 0)
+        assert len(calls) != 3, "it is wrong"
+        return 0.5
+
+    monkeypatch.setattr(every_kernel, "run", run)
+    with pytest.raises(SystemExit):
+        every_kernel.main(["--smoke", "--device", "cpu", "--budget", "0.1"])
+    said = capsys.readouterr().err
+    assert len(calls) == 18
+    assert "18 of 18 calls, back-end cpu" in said
+    assert "made 18 calls of all verbs, 1 wrong, error at most 5.0e-01" in said
+
+
+def test_gpu_plans_begin_with_what_the_goals_are_about() -> None:
+    """Large bfloat16 inputs in both layouts first for the verbs; small ones, and fused float16 soon, for the layer."""
+    assert [plan.shape for plan in shapes.gpu_plans()[:12:2]] == list(shapes.TYPICAL[:6])
+    assert [plan.layout for plan in shapes.gpu_plans()[:4]] == ["channels_last", "contiguous"] * 2
+    assert [plan.dtype for plan in shapes.gpu_plans()] == sorted((p.dtype for p in shapes.gpu_plans()), key=DTYPE_ORDER)
+    layers = shapes.layer_plans()
+    assert len(layers) == len(set(layers)) == 2 * len(shapes.gpu_plans())
+    half = [at for at, (plan, op) in enumerate(layers) if (plan.dtype, op) == ("float16", "bn_add_relu")]
+    assert len({layers[at][0].shape for at in half[:4]}) == 2
+    assert half[3] < 16
 
 
 def test_tally_counts_the_step_only() -> None:
