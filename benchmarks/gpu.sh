@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONUTF8=1
 declare -A lists=(
-    [first]="versions:5 precompile:25 smoke:25 kernels:110 layer:110 host:15 tests:100 step:70"
+    [first]="versions:5 precompile:35 smoke:25 kernels:105 layer:105 host:15 step:70 tests:100"
     [second]="memcheck:80 racecheck:50 ncu:40 compile:30"
 )
 first_tests="bits_repeat or graph_replay or streams_do_not or (dtypes_and_layouts and dtype1 and (64 or 512 or 33))"
@@ -57,10 +57,11 @@ bench() { # bench <script> <options…>: its command
     [ ! -e "$csv" ] || command+=(--append)
 }
 
-gpu_tests() { # gpu_tests <what…>: pytest's command; without addopts, which names a plugin
+gpu_tests() { # gpu_tests <what…>: pytest's command; without addopts, which names a plugin; compilers run side by side
     command=("$python" -m pytest "$@" -m gpu -q -o addopts= -W default --maxfail=40 -rfE --tb=short --durations=10)
     command+=(-p no:benchmark -p no:cacheprovider)
     "$python" -c 'import pytest_timeout' 2>/dev/null && command+=(--timeout=60)
+    [ "$device" = cpu ] || { "$python" -c 'import xdist' 2>/dev/null && command+=(-n 6 --dist load); }
 }
 
 every_kernel() { # every_kernel <tool>: watched by it, or, where there is no sanitizer, once unwatched

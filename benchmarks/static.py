@@ -9,8 +9,9 @@ One row a verb, shape, layout and dtype of a training step:
 - kilobytes_in_flight_per_sm: global loads under way at most in the streaming loop, in as many of those programs as the
   grid has for each SM; to keep the memory busy takes latency times bandwidth, an estimated 16 KiB on an H100
 - instructions_per_element: a thread's in the streaming loop, without what only its first iteration does; elements are
-  counted by the bytes that the loop loads
-- instructions_once, barriers_once: outside of that loop, at most, up to a program's arrival where the last one combines
+  counted by the bytes that the loop loads, those of lanes past an edge too (7 × 7 planes in bf16: 240 of each 1024)
+- instructions_once, barriers_once: outside of that loop or in its first iteration only, at most, up to a program's
+  arrival where the last one combines
 - bytes_last_program_reads: of other programs' sums, at most, by the last program of a group of columns
 - local_bytes: a thread's local memory, where registers would spill
 

@@ -149,17 +149,19 @@ class MachineCode(NamedTuple):
         return sorted(loops, key=lambda loop: loop.loaded, reverse=True)
 
     def once(self) -> list[Instruction]:
-        """What a program executes once, at most: all outside of the streaming loops, up to its arrival or its end.
+        """What a program executes once, at most: all outside of the streaming loops, up to its arrival or its end, and
+        what only their first iteration does.
 
         It arrives with the first atomic after those loops; what follows is done by the last program to arrive. After
         the last EXIT come subroutines for rare operands, and padding.
         """
         spans = self._streaming_spans()
+        repeated = {at for span in spans for at in span} - {at for span in spans for at in self._first_only(span)}
         last = max((span.stop for span in spans), default=0)
         arrivals = [at for at, each in enumerate(self.instructions) if at >= last and each.name == "ATOMG"]
         exits = [at for at, each in enumerate(self.instructions) if each.name == "EXIT"]
         end = arrivals[0] if arrivals else exits[-1]
-        return [self.instructions[at] for at in range(end + 1) if not any(at in span for span in spans)]
+        return [self.instructions[at] for at in range(end + 1) if at not in repeated]
 
     def programs_per_sm(self, threads: int, architecture: Architecture) -> int:
         """Programs of so many threads that fit an SM: registers go to warps by 256, warps to its four quarters."""
@@ -178,14 +180,18 @@ class MachineCode(NamedTuple):
         return [span for span in found if not any(other != span and _within(other, span) for other in found)]
 
     def _loop(self, span: range) -> Loop:
-        """A loop without what a jump goes around that has shuffles but no access: the first tile's reduction."""
-        first_only: set[int] = set()
+        first_only = self._first_only(span)
+        return Loop([self.instructions[at] for at in span if at not in first_only], len(first_only))
+
+    def _first_only(self, span: range) -> set[int]:
+        """Of a loop, what a jump goes around that has shuffles but no access: the first tile's reduction."""
+        found: set[int] = set()
         for at in span:
             around = range(at + 1, self.labels.get(self.instructions[at].target, 0))
             part = [self.instructions[inside] for inside in around]
             if around.stop <= span.stop and any(each.name == "SHFL" for each in part) and not any(map(is_access, part)):
-                first_only.update(around)
-        return Loop([self.instructions[at] for at in span if at not in first_only], len(first_only))
+                found.update(around)
+        return found
 
 
 def _within(inner: range, outer: range) -> bool:

@@ -28,7 +28,7 @@ BYTES_LAST_PROGRAM_READS = 40 * 1024
 
 
 class Most(NamedTuple):
-    """Instructions per element of the streaming loop, and with an addition and relu; those outside, and barriers."""
+    """Instructions per element of the streaming loop, and with an addition and relu; those done once, and barriers."""
 
     per_element: float
     fused: float
@@ -37,7 +37,7 @@ class Most(NamedTuple):
 
 
 LIMITS = {
-    ("batch_sums", "NHWC", "bf16"): Most(11, 0, 640, 10),
+    ("batch_sums", "NHWC", "bf16"): Most(11, 0, 780, 14),
     ("batch_sums", "NCHW", "bf16"): Most(12, 0, 1180, 30),
     ("batch_sums", "NHWC", "fp32"): Most(8.5, 0, 510, 15),
     ("batch_sums", "NCHW", "fp32"): Most(10, 0, 490, 13),
@@ -111,7 +111,7 @@ def test_instructions_per_element(rows: list[Row], verb: str, layout: str, dtype
 
 @every_limit
 def test_work_of_a_program_besides_its_tiles(rows: list[Row], verb: str, layout: str, dtype: str) -> None:
-    """Before and after its loop a program executes no more instructions and barriers than listed above."""
+    """Besides what every tile takes a program executes no more instructions and barriers than listed above."""
     mine, most = of(rows, verb=verb, layout=layout, dtype=dtype), LIMITS[verb, layout, dtype]
     assert over(mine, "instructions_once", most.once) == []
     assert over(mine, "barriers_once", most.barriers) == []

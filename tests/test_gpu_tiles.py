@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from syncbn.backends.gpu_efforts import EFFORTS, effort_of
 from syncbn.backends.gpu_tiles import (
-    EFFORTS,
     MOST_TILES,
     Shape,
     Strides,
@@ -18,7 +18,6 @@ from syncbn.backends.gpu_tiles import (
     choose,
     collapse,
     combination,
-    effort_of,
     fold_factor,
     is_even,
     is_wide,
@@ -67,7 +66,9 @@ def plan(shape: tuple[int, ...], rows: bool, itemsize: int = 2, verb: str = "bat
     kind = kind_of(view, cut.columns, cut.inner)
     align = alignment(cut, kind, [kind], [view], itemsize)
     light = light or align * itemsize < 16 or cut.fold > 0
-    return Cut(cut, kind, choose(cut, kind, itemsize, SMS, effort_of(verb, kind, cut), light), align)
+    layout = "small planes" if cut.plane else kind
+    effort = effort_of(verb, layout, cut.columns, samples * channels * pixels * itemsize, SMS)
+    return Cut(cut, kind, choose(cut, kind, itemsize, SMS, effort, light), align)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -113,6 +114,7 @@ def test_the_last_program_has_little_to_add_up(shape: tuple[int, ...], rows: boo
         ((32, 1024, 14, 14), False, 8),
         ((32, 2048, 7, 7), False, 8),
         ((32, 20, 3, 3), False, 4),
+        ((32, 64, 15, 15), False, 8),
         ((32, 2048, 25, 42), False, 2),
         ((32, 256, 56, 56), True, 8),
         ((32, 3, 112, 112), True, 8),
@@ -151,6 +153,15 @@ def test_every_element_is_in_one_tile(
     if is_even(cut, tile):
         assert cut.outer * cut.columns * cut.inner == tiles * tile.groups * tile.block_c * tile.block_i
         assert cut.columns * cut.inner * cut.outer == samples * channels * pixels
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("side", range(2, 17))
+def test_small_planes_are_cut_at_vectors(side: int, verb: str) -> None:
+    """Where whole planes fit a vector's multiple, every group of them begins at a vector."""
+    cut = plan((32, 2048, side, side), False, verb=verb)
+    if cut.shape.plane:
+        assert cut.tile.group * 2 % 16 == 0
 
 
 @given(splits=st.integers(1, 3000), block_k=st.sampled_from([1, 16, 32, 64, 512]), warps=st.sampled_from([4, 8]))
@@ -213,4 +224,5 @@ def test_few_channels_are_folded(channels: int, folded: bool) -> None:
 def test_wide_offsets(view: Strides, inner: int, wide: bool) -> None:
     """64 bits inside a tile only where strides or positions ask for them; a tile's start always has them."""
     cut = Shape(1, 64, inner, inner)
-    assert is_wide(cut, choose(cut, "rows", 2, SMS, effort_of("batch_sums", "rows", cut)), [view]) == wide
+    effort = effort_of("batch_sums", "rows", 64, 128 * inner, SMS)
+    assert is_wide(cut, choose(cut, "rows", 2, SMS, effort), [view]) == wide

@@ -141,6 +141,14 @@ def test_what_only_the_first_iteration_does_is_left_out() -> None:
     assert loop.first_only == 2
 
 
+def test_what_only_the_first_iteration_does_is_done_once() -> None:
+    """What an iteration is not charged with is not lost: the first tile's shuffles and barriers count once."""
+    once = jumped_around("SHFL.BFLY PT, R8, R4, 0x10, 0x1f", "BAR.SYNC.DEFER_BLOCKING 0x0").once()
+    assert [each.name for each in once] == ["SHFL", "BAR", "EXIT"]
+    every = jumped_around("FADD R8, R4, R4", "BAR.SYNC.DEFER_BLOCKING 0x0").once()
+    assert [each.name for each in every] == ["EXIT"]
+
+
 @pytest.mark.parametrize("access", ["STG.E.128 desc[UR8][R14.64], R4", "LDG.E.128 R8, desc[UR8][R14.64]"])
 def test_other_parts_that_are_jumped_around_count(access: str) -> None:
     """A part without shuffles, or with an access beside them, may be any iteration's."""

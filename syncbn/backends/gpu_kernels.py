@@ -60,9 +60,9 @@ def batch_sums_kernel(
     sums_ptr,  # (2C + 1) float64: the result
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
-    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, MERGED: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """[Σx, Σx², count], by way of d = x − k, for which float32 is enough: see column_sums"""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -131,7 +131,8 @@ def normalize_kernel(
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
-    PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     CUMULATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """y = activation((x − mean)·invstd·weight + bias + residual); the first split of a group moves its buffers"""

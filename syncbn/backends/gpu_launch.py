@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from syncbn.backends import gpu_tiles as tiles
+from syncbn.backends.gpu_efforts import effort_of
 
 MOST_PLANS = 1024
 """Plans kept, the oldest dropped first; what Triton compiled does not depend on sizes and is not dropped."""
@@ -114,8 +115,10 @@ def _plan_of(
     kind = kinds["x"]
     align = tiles.alignment(shape, kind, list(kinds.values()), [views[name] for name in kinds], itemsize)
     light = tensors["mask"] is not None or align * itemsize < 16 or shape.fold > 0
-    effort = tiles.effort_of(function.__name__.removesuffix("_kernel"), kind, shape)
-    tile = tiles.choose(shape, kind, x.element_size(), sms_of(x.device), effort, light)
+    verb, sms = function.__name__.removesuffix("_kernel"), sms_of(x.device)
+    layout, with_residual = "small planes" if shape.plane else kind, tensors.get("residual") is not None
+    effort = effort_of(verb, layout, shape.columns, x.numel() * x.element_size(), sms, with_residual)
+    tile = tiles.choose(shape, kind, x.element_size(), sms, effort, light)
     names = {"x": "KIND", "y": "KIND_Y", "dy": "KIND_DY", "residual": "KIND_R"}
     geometry: dict[str, Any] = {names[name]: kinds.get(name, "strided") for name in tensors if name != "mask"}
     geometry |= {"ALIGN": align, "FOLD": shape.fold, "PLANE": shape.plane, "MERGED": shape.outer == 1}

@@ -21,7 +21,8 @@ def add_two(a, b, c, d):
 def column_sums(
     x_ptr, column, split, splits, count, tiles_inner, inner, columns, positions, x_stride_o, x_stride_c, x_stride_i,
     KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """count, Σx, Σx² of each column (BLOCK_C) in float64, by d = x − k with k the mean of the program's first tile
 
@@ -66,7 +67,8 @@ def counted_sums(
     x_ptr, mask_ptr, column, split, splits, count, tiles_inner, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """column_sums of what counts, where a lane may count less often than its neighbour; its pivot is its first value
 

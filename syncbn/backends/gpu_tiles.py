@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from syncbn.backends.gpu_efforts import Effort, pow2
+
 MOST_TILES = 64
 """Tiles per program. A column's pivot is the mean of one of its T equal tiles, so |pivot − mean| ≤ √(T − 1)·σ."""
 
@@ -18,7 +20,6 @@ FOLD_COLUMNS = 512
 
 FOLD_BELOW = 8
 
-PLANE_COLUMNS = 1024
 MOST_PLANE = 256
 """Positions of a plane that is seen as a stretch of its sample's row, at most. Such a row is cut between planes, at
 vectors if as many planes as that takes, 8 or fewer, fit into a block of columns."""
@@ -31,10 +32,6 @@ ROW_BYTES = 128
 
 MOST_ROWS = 64
 """Rows of other programs' sums that are added up at a time, at most."""
-
-MOST_COLUMNS = 128
-LEAST_COLUMNS = 16
-"""Columns of a tile of rows, at most, and where there are sums the fewest that are aimed at: 32 bytes of bfloat16."""
 
 TEAMS_FROM = 3
 """Times that many rows before programs are added up in teams: a team costs a round to memory and back."""
@@ -63,37 +60,6 @@ class Shape(NamedTuple):
     @property
     def channels(self) -> int:
         return self.fold or (self.columns // self.plane if self.plane else self.columns)
-
-
-class Effort(NamedTuple):
-    """How a verb uses an SM: programs on it at once, warps in each, bytes of a tile per thread, tiles under way.
-
-    columns: of a tile of rows, at most, where a program leaves sums: with few columns there are many groups, whose last
-    programs have little to add up.
-    """
-
-    resident: int
-    warps: int
-    thread_bytes: int
-    stages: int
-    columns: int = 0
-
-
-EFFORTS: dict[str, dict[str, Effort]] = {
-    "batch_sums": {"rows": Effort(2, 8, 32, 4, 32), "planes": Effort(4, 4, 32, 4)},
-    "normalize": {"rows": Effort(4, 4, 32, 3), "planes": Effort(4, 4, 32, 3)},
-    "grad_sums": {"rows": Effort(2, 8, 32, 3, 32), "planes": Effort(4, 4, 32, 3)},
-    "grad_input": {"rows": Effort(4, 4, 32, 3), "planes": Effort(4, 4, 32, 3)},
-}
-"""By verb and layout; measured on an H100, 2026-11-26, among 2 to 8 programs, 4 to 16 warps, 1 to 4 stages."""
-
-
-def effort_of(verb: str, kind: str, shape: Shape) -> Effort:
-    """Whole planes as rows, and what has no vectors, are planes in this."""
-    effort = EFFORTS[verb]["rows" if kind == "rows" and not shape.plane else "planes"]
-    if not effort.columns:
-        return effort._replace(columns=MOST_COLUMNS)
-    return effort._replace(columns=max(LEAST_COLUMNS, min(effort.columns, pow2(shape.columns) // 4)))
 
 
 class Tile(NamedTuple):
@@ -242,7 +208,7 @@ def is_wide(shape: Shape, tile: Tile, views: Sequence[Strides]) -> bool:
 def _best_block(shape: Shape, kind: str, itemsize: int, elements: int, columns: int) -> tuple[int, int, int]:
     """group, block_c × block_i ≤ elements with the fewest idle lanes and the longest runs; of rows, ≤ columns."""
     if shape.fold or shape.plane:
-        group = shape.columns if shape.fold else _planes(shape, itemsize, min(elements, PLANE_COLUMNS))
+        group = shape.columns if shape.fold else _planes(shape, itemsize, elements, columns)
         block_c = pow2(group)
         return group, block_c, max(1, min(elements // block_c, pow2(shape.inner)))
     best = (0.0, 0, 1, 1)
@@ -257,11 +223,11 @@ def _best_block(shape: Shape, kind: str, itemsize: int, elements: int, columns: 
     return best[2], *best[2:]
 
 
-def _planes(shape: Shape, itemsize: int, most: int) -> int:
-    """Columns of as many whole planes as fit, beginning on a vector wherever the planes' size allows it."""
+def _planes(shape: Shape, itemsize: int, elements: int, columns: int) -> int:
+    """Columns of as many whole planes as fit, or as many as it takes to begin the next at a vector."""
     vector = VECTOR // itemsize
     unit = vector // math.gcd(vector, shape.plane)
-    planes = min(most // shape.plane, shape.channels)
+    planes = min(min(elements, max(columns, unit * shape.plane)) // shape.plane, shape.channels)
     if planes < shape.channels and planes > unit:
         planes -= planes % unit
     return planes * shape.plane
@@ -273,11 +239,6 @@ def _used(size: int, block: int) -> float:
 
 def _powers(limit: int) -> Iterator[int]:
     return (1 << bit for bit in range(limit.bit_length()))
-
-
-def pow2(size: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _cdiv(size: int, block: int) -> int:
