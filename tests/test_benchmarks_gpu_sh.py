@@ -14,13 +14,13 @@ from tests import stub_device
 ROOT = Path(__file__).parent.parent
 FIRST = {
     "versions": 5,
-    "precompile": 25,
+    "precompile": 35,
     "smoke": 25,
-    "kernels": 110,
-    "layer": 110,
+    "kernels": 105,
+    "layer": 105,
     "host": 15,
-    "tests": 100,
     "step": 70,
+    "tests": 100,
 }
 SECOND = {"memcheck": 80, "racecheck": 50, "ncu": 40, "compile": 30}
 FAKE = """#!/bin/bash
@@ -73,8 +73,8 @@ def test_first_and_second_are_lists_of_parts(tmp_path: Path) -> None:
     for script in ("kernels", "layer", "host", "step"):
         assert f"--device cuda --out {first.out} --machine here --budget" in first.script(script)
     assert "--compiled" not in " ".join(first.calls)
-    assert "--budget 95" in first.script("kernels")
-    assert "--budget 22" in first.script("precompile")
+    assert "--budget 90" in first.script("kernels")
+    assert "--budget 32" in first.script("precompile")
     assert "--budget 40" in second.script("every_kernel")
     assert "--device cuda" in second.script("compile")
     names = {path.name for path in first.out.iterdir()}
@@ -99,7 +99,7 @@ def test_pytest_is_told_to_go_on(tmp_path: Path) -> None:
 def test_parts_can_be_run_alone(tmp_path: Path) -> None:
     """A part may be named, with its own seconds or others; a name that is none says which there are."""
     run = Run(tmp_path, "kernels:60", "layer", "tests:80")
-    assert run.seconds == {"kernels": 60, "layer": 110, "tests": 80}
+    assert run.seconds == {"kernels": 60, "layer": 105, "tests": 80}
     for word in ("kernel", "kernels:", "kernels:x", "first:3"):
         run = Run(tmp_path, word)
         assert (run.status, run.calls) == (2, [])
