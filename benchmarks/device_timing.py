@@ -191,9 +191,13 @@ def duplicate(t: Tensor, count: int) -> list[Tensor]:
 
 
 def fits(bytes_needed: int, device: torch.device) -> bool:
-    """Whether a comparison of that size leaves some memory free."""
+    """Whether a comparison of that size leaves some memory free, for captures too.
+
+    What the allocator has cached, an earlier graph's pool above all, is nothing that a capture may use or give back:
+    where it is needed it is given back now.
+    """
     if device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return bytes_needed + GIGABYTE < free + reserved
+    if bytes_needed + GIGABYTE >= torch.cuda.mem_get_info(device)[0]:
+        torch.cuda.empty_cache()
+    return bytes_needed + GIGABYTE < torch.cuda.mem_get_info(device)[0]

@@ -223,7 +223,8 @@ def right_ones(verb: str, case: Case, fixed: Fixed, plan: str) -> tuple[list[Ent
                 continue
             wanted = "mean" if verb == "batch_sums" and not entrant.is_ours else verb
             output = entrant.main(entrant.call(case))
-            errors[entrant.name] = hold(f"{verb} by {entrant.name}", output, fixed.right[wanted], entrant.is_ours)
+            rounded = None if entrant.is_ours else case.x.dtype
+            errors[entrant.name] = hold(f"{verb} by {entrant.name}", output, fixed.right[wanted], rounded)
             entrants.append(entrant)
         except Exception as problem:  # whatever it is, the others are still to be timed
             refused.append(report(f"{plan}: {verb}, {make.__name__}", problem, case.x.device))

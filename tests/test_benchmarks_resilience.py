@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import compile, device_timing, harness, kernels, layer_gpu, resilience, step
-from benchmarks.checking import Case
+from benchmarks.checking import Case, hold
 from benchmarks.resilience import report, through
 
 ROOT = Path(__file__).parent.parent
@@ -243,3 +243,32 @@ def test_captures_semaphores_are_where_they_are_expected() -> None:
 
     assert isinstance(gpu_workspace._arenas, dict)
     assert gpu_workspace.CAPTURED_SEMAPHORES > 0
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 7e-3), (torch.float16, 1e-3), (torch.float32, 2e-4)])
+def test_a_baseline_may_round_on_its_way(dtype: torch.dtype, off: float) -> None:
+    """A baseline's float32 result is held to its activations' precision, ours to its own; what is wrong fails both."""
+    want = torch.randn(64, dtype=torch.float64)
+    mine = (want + off * want.abs().max()).float()
+    assert hold("dweight", mine, want, dtype) == pytest.approx(off, rel=1e-3)
+    for wrong, baseline in ((mine, None), ((want + 4 * off * want.abs().max()).float(), dtype), (0.97 * want, dtype)):
+        with pytest.raises(AssertionError, match=r"dweight is off by .*it is not timed"):
+            hold("dweight", wrong.float(), want, baseline)
+
+
+def test_a_cache_is_given_back_before_captures_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the driver has too little left is the cache emptied, and what then is free decides."""
+    gigabyte, emptied = device_timing.GIGABYTE, []
+    free = {"now": 8 * gigabyte}
+
+    def empty() -> None:
+        emptied.append(free["now"])
+        free["now"] = 30 * gigabyte
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["now"], 80 * gigabyte))
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    assert device_timing.fits(6 * gigabyte, CUDA)
+    assert emptied == []
+    assert device_timing.fits(20 * gigabyte, CUDA)
+    assert emptied == [8 * gigabyte]
+    assert not device_timing.fits(30 * gigabyte, CUDA)
