@@ -49,31 +49,31 @@ def layer(rows: list[Row]) -> Any:
     first = rows[0]
     fixed = ("op", "dtype", "mode", "ranks")
     rows = [row for row in rows if row["pass"] == "both" and _alike(row, first, fixed)]
-    layouts = unique(row["layout"] for row in rows)
+    layouts, names = unique(row["layout"] for row in rows), unique(row["variant"] for row in rows)
     figure, axes = plt.subplots(len(layouts), 1, figsize=(9, 3 * len(layouts)), squeeze=False, layout="constrained")
     for axis, layout in zip(axes[:, 0], layouts, strict=True):
         part = [row for row in rows if row["layout"] == layout]
         shapes = unique(row["shape"] for row in part)
-        names = unique(row["variant"] for row in part)
         for at, name in enumerate(names):
-            _bars(axis, [row for row in part if row["variant"] == name], part, shapes, at, len(names))
-        axis.set_xticks(range(len(shapes)), shapes, rotation=20)
+            _bars(axis, name, part, shapes, at, len(names))
+        axis.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right", rotation_mode="anchor")
         axis.set_ylabel(f"{layout}\ntime / time of two copies")
     axes[0, 0].legend(ncols=6, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.suptitle(f"Forward + backward of one layer, median and 20/80 percentiles\n{_caption(first, fixed)}")
     return figure
 
 
-def _bars(axis: Any, rows: list[Row], everything: list[Row], shapes: list[str], at: int, of: int) -> None:
+def _bars(axis: Any, name: str, panel: list[Row], shapes: list[str], at: int, of: int) -> None:
     """One variant's bars, the at-th of `of` beside each other."""
-    copies = {row["shape"]: float(row["ms"]) for row in everything if row["variant"] == "copy"}
+    copies = {row["shape"]: float(row["ms"]) for row in panel if row["variant"] == "copy"}
+    rows = [row for row in panel if row["variant"] == name]
     places = [shapes.index(row["shape"]) + (at - of / 2 + 0.5) * 0.8 / of for row in rows]
     low, middle, high = (
         [float(row[column]) / copies[row["shape"]] for row in rows] for column in ("ms_p20", "ms", "ms_p80")
     )
     spread = [[m - p for m, p in zip(middle, low, strict=True)], [p - m for m, p in zip(middle, high, strict=True)]]
-    label, colour = rows[0]["variant"], COLOURS[at % len(COLOURS)]
-    axis.bar(places, middle, 0.8 / of, label=label, color=colour, yerr=spread, error_kw={"elinewidth": 0.7})
+    colour = COLOURS[at % len(COLOURS)]
+    axis.bar(places, middle, 0.8 / of, label=name, color=colour, yerr=spread, error_kw={"elinewidth": 0.7})
 
 
 def kernels(rows: list[Row]) -> Any:
@@ -91,7 +91,7 @@ def kernels(rows: list[Row]) -> Any:
         axis.set_xscale("log")
         axis.set_xlabel("megabytes it must move")
         axis.set_title(verb)
-        axis.legend(fontsize=6, frameon=False)
+        axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0, 0].set_ylabel("gigabytes per second")
     figure.suptitle(_caption(first, fixed))
     return figure

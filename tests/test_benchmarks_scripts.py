@@ -73,3 +73,21 @@ def test_plots_of_timings(tmp_path: Path) -> None:
             results.add({key: row[key] for key in columns})
         plot.draw(tmp_path / f"{kind}-here.csv", tmp_path / f"{kind}.png")
         assert (tmp_path / f"{kind}.png").stat().st_size > 1000
+
+
+def test_a_variant_has_one_colour() -> None:
+    """In every panel of a layer's picture, and in its legend, a variant is in the same place and colour, or missing."""
+    plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
+    blank = {**dict.fromkeys(layer.COLUMNS, ""), "ms": "2", "ms_p20": "1", "ms_p80": "3", "pass": "both"}
+    panels = {"channels_last": ("copy", "a", "b"), "contiguous": ("copy", "b", "c")}
+    rows = [{**blank, "layout": layout, "variant": v, "shape": "1x2"} for layout, vs in panels.items() for v in vs]
+    figure = plot.layer(rows)
+    bars = [
+        {bar.get_label(): bar[0].get_facecolor() for bar in axis.containers if hasattr(bar, "patches") and len(bar)}
+        for axis in figure.axes
+    ]
+    assert [tuple(panel) for panel in bars] == list(panels.values())
+    assert bars[0]["b"] == bars[1]["b"]
+    assert len({*bars[0].values(), *bars[1].values()}) == 4
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["copy", "a", "b", "c"]
+    plot.plt.close(figure)
