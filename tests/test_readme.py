@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import syncbn
+from benchmarks import summary
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,6 +106,81 @@ def test_the_compiled_figures_are_those_of_the_rows() -> None:
         for column, words in (("over_bn", over_bn), ("over_eager", over_eager)):
             ratios = [float(row[column]) for row in ours if row["ranks"] == ranks]
             assert words.format(min(ratios), max(ratios)) in README
+
+
+def of_an_h100(script: str, **chosen: str) -> list[dict[str, str]]:
+    """The committed rows with these values."""
+    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{script}-h100.csv").read_text().splitlines()))
+    return [row for row in rows if chosen.items() <= row.items()]
+
+
+def over(rows: list[dict[str, str]], mine: str, other: str) -> list[float]:
+    """Times of mine over those of the other, wherever both were measured in a comparison."""
+    columns = ("op", "shape", "layout", "dtype", "mode", "pass")
+    ms = {(row["variant"], *map(row.get, columns)): float(row["ms"]) for row in rows}
+    pairs = [(time, ms.get((other, *key))) for (variant, *key), time in ms.items() if variant == mine]
+    return [mine_takes / other_takes for mine_takes, other_takes in pairs if other_takes is not None]
+
+
+def said(words: str, values: list[float]) -> str:
+    return words.format(min(values), max(values))
+
+
+def test_the_gpu_figures_of_a_layer_are_those_of_the_rows() -> None:
+    """So are the extremes of a layer on a GPU, by what it is compared with, and the host's time for a small one."""
+    bf16 = of_an_h100("layer", dtype="bfloat16", **{"pass": "both"})
+    rows = [row for row in bf16 if row["layout"] == "channels_last"]
+    graphs, eager = ([row for row in rows if row["mode"] == mode] for mode in ("graph", "eager"))
+    alone = over(graphs, "syncbn", "nn.BatchNorm")
+    assert said("takes {:.2f} to {:.2f} times as long as `nn.BatchNorm` on the ", alone) + f"{len(alone)} i" in README
+    forced = over(graphs, "syncbn.forced", "nn.SyncBatchNorm.forced")
+    assert said("takes {:.2f} to {:.2f} times as long as `nn.SyncBatchNorm` with", forced) in README
+    large = [
+        row for row in bf16 if row["mode"] == "graph" and row["op"] == "bn" and summary.megabytes(row) >= summary.LARGE
+    ]
+    assert said("take {:.2f} to {:.2f} times as long as two copies of them", over(large, "syncbn", "copy")) in README
+    assert said("takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in README
+    host = {row["variant"]: float(row["us"]) for row in of_an_h100("host", shape="2x64x8x8", **{"pass": "both"})}
+    assert f"{host['syncbn']:.0f} µs of the host's time where that takes {host['nn.BatchNorm']:.0f}" in README
+
+
+def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
+    """So are the kernels' speeds over a copy's."""
+    rows = of_an_h100("kernels", dtype="bfloat16", variant="syncbn", epilogue="none")
+    for words, rows_of in (
+        ("{:.2f} to {:.2f} of a copy's speed at 64 MB", [row for row in rows if summary.megabytes(row) >= 64]),
+        ("{:.2f} to {:.2f} at 3 MB", [row for row in rows if summary.megabytes(row) <= summary.SMALL]),
+    ):
+        assert said(words, [1 / float(row["over_copy"]) for row in rows_of if row["cache"] != "hot"]) in README
+
+
+def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
+    """So are those of a ResNet-50 step, and how often the host waits in it."""
+    step = {row["variant"]: row for row in of_an_h100("step", batch="32")}
+    ratios = {name: f"{float(row['over_bn']):.2f} times" for name, row in step.items()}
+    assert f"takes {ratios['syncbn']} as long" in README
+    assert f"and {ratios['syncbn.fused']} with addition" in README
+    assert f"takes {ratios['syncbn.fused.forced']} as long" in README
+    assert f"`nn.SyncBatchNorm` {ratios['nn.SyncBatchNorm.forced']}" in README
+    assert {row["host_syncs"] for name, row in step.items() if name.startswith("syncbn")} == {"0"}
+    assert f"that one {step['nn.SyncBatchNorm.forced']['host_syncs']} times" in README
+
+
+def test_the_machine_code_table_is_that_of_the_rows() -> None:
+    """benchmarks/README.md's table of the kernels' machine code, before and after, and their speed, is of the rows."""
+    page = (ROOT / "benchmarks/README.md").read_text()
+    columns = ("kilobytes_in_flight_per_sm", "instructions_per_element", "instructions_once")
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/static-sm90.csv").read_text().splitlines()))
+    chosen = {"shape": "2x256x200x336", "epilogue": "none"}
+    for verb in ("batch_sums", "normalize", "grad_sums", "grad_input"):
+        for name, layout in (("NHWC", "channels_last"), ("NCHW", "contiguous")):
+            wanted = {"verb": verb, "layout": name, "dtype": "bf16", **chosen}
+            states = {row["state"]: row for row in rows if wanted.items() <= row.items()}
+            before, after = states["before"], states["after"]
+            cells = [f"{before[column]} → {after[column]}" for column in (*columns, "bytes_last_program_reads")]
+            wanted = {"verb": verb, "layout": layout, "dtype": "bfloat16", "variant": "syncbn", "cache": "cold"}
+            (timed,) = of_an_h100("kernels", **wanted, **chosen)
+            assert f"| {verb}, {name} | {' | '.join(cells)} | {1 / float(timed['over_copy']):.2f} |" in page
 
 
 def test_commands_exist() -> None:
