@@ -1,7 +1,7 @@
 """The steps of autograd.py for calls that are all alike, on a GPU: what it works out for each is laid out once, here.
 
 A small layer takes as long as its Python does. A call is alike if its input has the shape, strides and dtype of an
-earlier one's, and its parameters and buffers are the same objects at the same addresses: so it was checked, and its
+earlier one's, and its parameters and buffers are the same objects, where and as they were: so it was checked, and its
 kernels are compiled. What is unusual (a recomputation, a capture, a hook on launches, another device, a dy of other
 strides, a tensor that does not begin at a vector) goes autograd.py's way. The results are the same bits.
 """
@@ -29,6 +29,8 @@ MOST_CALLS = 4096
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
 """running_mean, running_var, num_batches_tracked, momentum"""
 
+Kinds = tuple[tuple[torch.dtype, torch.Size, tuple[int, ...]] | None, ...]
+
 
 class Call:
     """What calls that are alike share."""
@@ -36,8 +38,12 @@ class Call:
     def __init__(self, x: Tensor, epilogue: Epilogue, running: Running | None, launches: "Launches") -> None:
         owned = (*epilogue[:2], *(running[:3] if running is not None else (None, None, None)))
         self.owned = tuple(_nothing if t is None else weakref.ref(t) for t in owned)
-        self.addresses = _addresses(*owned)
+        self.addresses, self.kinds = _addresses(*owned), _kinds(*owned)
         self.activation, self.launches, self.channels = epilogue.activation, launches, x.shape[1]
+        residual = epilogue.residual if epilogue.activation is not None else None
+        like_y = x.dtype, x.shape, launches.strides
+        self.backward_kinds = like_y, *_kinds(x, epilogue.weight, epilogue.bias, residual)
+        """Of dy and of what is saved for backward."""
         self.is_single = x.numel() == self.channels
         self.wire = 2 * self.channels + 1
         size = launches.wide.itemsize
@@ -47,11 +53,12 @@ class Call:
         self.kept = torch.empty(1, dtype=torch.float64, device=x.device).expand(doubles)
 
     def is_of(self, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> bool:
-        """Whether these are its parameters and buffers, where they were."""
+        """Whether these are its parameters and buffers, where and as they were."""
         mean, var, tracked, _ = statistics
         a, b, c, d, e = self.owned
         same = a() is weight and b() is bias and c() is mean and d() is var and e() is tracked
-        return same and self.addresses == _addresses(weight, bias, mean, var, tracked)
+        now = weight, bias, mean, var, tracked
+        return same and self.addresses == _addresses(*now) and self.kinds == _kinds(*now)
 
     def unpacked(self, kept: Tensor) -> list[Tensor]:
         """mean, invstd, sums"""
@@ -96,7 +103,7 @@ class NormalizeDirectly(torch.autograd.Function):
         step = launches.both_inputs if fused else launches.inputs
         dy_at, at, residual_at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
-        is_alike = dy.dtype == launches.dtype and dy.stride() == launches.strides
+        is_alike = _kinds(dy, x, weight, bias, residual) == call.backward_kinds
         is_ready = is_alike and work is not None and launches.dsums.bind() and step.bind()
         if not (is_ready and needs_dx) or torch.is_grad_enabled():
             epilogue = Epilogue(weight, bias, residual, None, call.activation)
@@ -187,6 +194,11 @@ def _key(
 
 def _addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if t is None else t.data_ptr() for t in tensors])
+
+
+def _kinds(*tensors: Tensor | None) -> Kinds:
+    """What an address does not tell: a layer that was moved away, cast and moved back may be where it was."""
+    return tuple([None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors])
 
 
 def _nothing() -> None:

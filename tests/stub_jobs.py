@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import syncbn
-from syncbn import backends
 from syncbn.backends import Epilogue, Running
 from tests.oracle import in_layout
-from tests.stub_device import STREAM, Launch, stub
+from tests.stub_device import STREAM, stub
 
 
 class Given(NamedTuple):
@@ -156,118 +154,3 @@ def devices_have_their_own_kernels() -> None:
     stub().device = 0
     assert [len(functions) for functions in seen.values()] == [1, 1]
     assert not seen[0] & seen[1]
-
-
-class Step(NamedTuple):
-    """What the driver was given for a layer's forward and backward, and where its tensors are."""
-
-    launches: list[Launch]
-    at: dict[str, int | None]
-
-
-def layer_step(layer: syncbn.SyncBatchNorm, given: Given, steps: int) -> list[Step]:
-    """The launches of each of `steps` training steps with the same leaves."""
-    x, dy, epilogue, _ = tensors(given)
-    x.requires_grad_()
-    residual = None if epilogue.residual is None else epilogue.residual.requires_grad_()
-    leaves = [t for t in (x, layer.weight, layer.bias, residual) if t is not None]
-    done = []
-    with backends.force("gpu"):
-        for _ in range(steps):
-            stub().launches.clear()
-            y = layer(x, residual)
-            grads = torch.autograd.grad(y, leaves, dy)
-            at = {"x": x, "dy": dy, "y": y, "residual": residual, "weight": layer.weight, "bias": layer.bias}
-            at |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
-            at |= {"tracked": layer.num_batches_tracked}
-            at |= dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=False))
-            done.append(Step(list(stub().launches), {k: None if t is None else t.data_ptr() for k, t in at.items()}))
-    return done
-
-
-def the_direct_way_is_the_same(given: Given) -> list[str]:
-    """Steps 2 and 3 are launched directly, with the kernels, grids and numbers of step 1, each given what it needs."""
-    from syncbn import direct
-
-    layer = syncbn.SyncBatchNorm(given.shape[1], activation=given.activation)
-    ways = []
-    applied = direct._apply
-    direct._apply = lambda *args: (ways.append("direct"), applied(*args))[1]
-    try:
-        first, *others = layer_step(layer, given, 3)
-    finally:
-        direct._apply = applied
-    for step in (first, *others):
-        check_flow(step, given)
-        for mine, right in zip(step.launches, first.launches, strict=True):
-            assert (mine.function, mine.grid, mine.block) == (right.function, right.grid, right.block)
-            assert _numbers(mine) == _numbers(right)
-    return ways
-
-
-def check_flow(step: Step, given: Given) -> None:
-    """What a kernel is given is the caller's tensor, or what the kernel before it left."""
-    sums, normalized, dsums, inputs = (launch.values for launch in step.launches)
-    at = step.at
-    assert all(launch.stream == STREAM for launch in step.launches)
-    assert {values["x_ptr"] for values in (sums, normalized, dsums, inputs)} == {at["x"]}
-    assert {values["dy_ptr"] for values in (dsums, inputs)} == {at["dy"]}
-    for values in (normalized, dsums, inputs):
-        assert (values["weight_ptr"], values["bias_ptr"]) == (at["weight"], at["bias"])
-    assert normalized["y_ptr"] == at["y"]
-    for name in ("running_mean", "running_var", "tracked"):
-        assert normalized[name + "_ptr"] == at[name]
-    assert normalized["sums_ptr"] == sums["sums_ptr"]
-    for name in ("mean_ptr", "invstd_ptr"):
-        assert normalized[name] == dsums[name] == inputs[name]
-    assert inputs["dsums_ptr"] == dsums["dsums_ptr"]
-    assert inputs["count_ptr"] == sums["sums_ptr"] + 16 * given.shape[1]
-    assert (dsums["dweight_ptr"], dsums["dbias_ptr"]) == (at["dweight"], at["dbias"])
-    assert inputs["dx_ptr"] == at["dx"]
-    if given.residual and given.activation is not None:
-        assert normalized["residual_ptr"] == dsums["residual_ptr"] == at["residual"]
-        assert inputs["dresidual_ptr"] == at["dresidual"]
-    assert len({values["sums_ptr"] for values in (sums,)} | {normalized["mean_ptr"], normalized["invstd_ptr"]}) == 3
-
-
-def _numbers(launch: Launch) -> dict[str, float]:
-    return {name: value for name, value in launch.values.items() if not name.endswith("_ptr")}
-
-
-def ways_of(what: str) -> list[bool]:
-    """Whether each of four steps went the direct way, the third under an unusual circumstance."""
-    import triton
-
-    from syncbn import direct
-
-    given = Given((4, 32, 4, 4), residual=False)
-    layer = syncbn.SyncBatchNorm(32, activation="relu")
-    ways, heard = [], []
-    applied = direct._apply
-    direct._apply = lambda *args: (ways.append(True), applied(*args))[1]
-    hook = triton.knobs.runtime.launch_enter_hook
-    taken = []
-    try:
-        for step in range(4):
-            ways.clear()
-            now = given
-            if step == 2:
-                if what == "hook":
-                    hook.add(heard.append)
-                elif what == "address":
-                    now = given._replace(offset=1)
-                elif what == "dtype":
-                    layer.half()
-                elif what == "data":
-                    layer.weight.data = torch.ones(32)
-                elif what == "parameter":
-                    layer.weight = torch.nn.Parameter(torch.ones(32))
-            with stub().capturing() if what == "capture" and step == 2 else torch.enable_grad():
-                layer_step(layer, now, 1)
-            if step == 2 and what == "hook":
-                hook.remove(heard.append)
-                assert len(heard) == 4, "a launch was kept from the hook"
-            taken.append(bool(ways))
-    finally:
-        direct._apply = applied
-    return taken

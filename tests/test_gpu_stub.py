@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import stub_device, stub_jobs
+from tests import stub_device, stub_direct_jobs, stub_jobs
 from tests.stub_jobs import Given
 from tests.triton_process import TritonProcess
 
@@ -67,6 +67,7 @@ def test_devices_have_their_own_kernels(device: TritonProcess) -> None:
     device.run(stub_jobs.devices_have_their_own_kernels)
 
 
+KINDS = ("dtype", "strides")
 DIRECT = {
     "rows": Given((4, 64, 14, 14), "channels_last"),
     "planes": Given((4, 64, 14, 16), residual=False),
@@ -79,13 +80,20 @@ DIRECT = {
 @pytest.mark.parametrize("given", DIRECT.values(), ids=DIRECT)
 def test_the_direct_way_is_the_same(device: TritonProcess, given: Given) -> None:
     """A layer's later steps go the direct way, with the first one's kernels, grids and numbers, each given its own."""
-    assert device.run(stub_jobs.the_direct_way_is_the_same, given) == ["direct"] * 2
+    assert device.run(stub_direct_jobs.the_direct_way_is_the_same, given) == ["direct"] * 2
 
 
-UNUSUAL = ["hook", "capture", "address", "dtype", "data", "parameter"]
+UNUSUAL = ["hook", "capture", "address", "dtype", "data", "parameter", *(f"{k} at the same address" for k in KINDS)]
 
 
 @pytest.mark.parametrize(("what", "then"), [("nothing", True), *((what, False) for what in UNUSUAL)])
 def test_what_is_unusual_goes_the_readable_way(device: TritonProcess, what: str, then: bool) -> None:
-    """A hook on launches hears all four; a capture, an odd address, a parameter elsewhere are not launched directly."""
-    assert device.run(stub_jobs.ways_of, what) == [False, True, then, True]
+    """A hook on launches hears all four; a capture, an odd address, another parameter are not launched directly."""
+    at_once = what != "strides at the same address"  # a slice never is
+    assert device.run(stub_direct_jobs.ways_of, what) == [False, True, then, at_once]
+
+
+@pytest.mark.parametrize("what", ["nothing", "weight", "bias", "x", "dy"])
+def test_a_backward_sees_what_was_changed(device: TritonProcess, what: str) -> None:
+    """A backward whose dy, x or parameters are of another kind than in forward goes the readable way."""
+    assert device.run(stub_direct_jobs.backward_is_direct, what) == (what == "nothing")

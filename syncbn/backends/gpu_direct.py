@@ -39,7 +39,7 @@ class Launches:
 
     def __init__(self, x: Tensor, y: Tensor, epilogue: Epilogue, running: Running | None) -> None:
         self.device, self.index, self.on_cuda = x.device, x.device.index or 0, x.device.type == "cuda"
-        self.dtype, self.strides, self.wide = x.dtype, y.stride(), compute_dtype(x.dtype)
+        self.strides, self.wide = y.stride(), compute_dtype(x.dtype)
         self.halves = gpu.halves
         self.is_capturing, self.current_stream = gpu_workspace.questions(x.device)
         self.sums, self.dsums = Step(gpu.plan_batch_sums(x, None)), Step(gpu.plan_grad_sums(y, x, epilogue))

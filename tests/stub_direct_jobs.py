@@ -1,0 +1,164 @@
+"""What the process on the stub driver is asked about calls that are alike: which way they go, with which arguments."""
+
+from typing import NamedTuple
+
+import torch
+
+import syncbn
+from syncbn import backends
+from tests.stub_device import STREAM, Launch, stub
+from tests.stub_jobs import Given, tensors
+
+
+class Step(NamedTuple):
+    """What the driver was given for a layer's forward and backward, and where its tensors are."""
+
+    launches: list[Launch]
+    at: dict[str, int | None]
+
+
+def layer_step(layer: syncbn.SyncBatchNorm, given: Given, steps: int) -> list[Step]:
+    """The launches of each of `steps` training steps with the same leaves."""
+    x, dy, epilogue, _ = tensors(given)
+    x.requires_grad_()
+    residual = None if epilogue.residual is None else epilogue.residual.requires_grad_()
+    leaves = [t for t in (x, layer.weight, layer.bias, residual) if t is not None]
+    done = []
+    with backends.force("gpu"):
+        for _ in range(steps):
+            stub().launches.clear()
+            y = layer(x, residual)
+            grads = torch.autograd.grad(y, leaves, dy)
+            at = {"x": x, "dy": dy, "y": y, "residual": residual, "weight": layer.weight, "bias": layer.bias}
+            at |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
+            at |= {"tracked": layer.num_batches_tracked}
+            at |= dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=False))
+            done.append(Step(list(stub().launches), {k: None if t is None else t.data_ptr() for k, t in at.items()}))
+    return done
+
+
+def the_direct_way_is_the_same(given: Given) -> list[str]:
+    """Steps 2 and 3 are launched directly, with the kernels, grids and numbers of step 1, each given what it needs."""
+    from syncbn import direct
+
+    layer = syncbn.SyncBatchNorm(given.shape[1], activation=given.activation)
+    ways = []
+    applied = direct._apply
+    direct._apply = lambda *args: (ways.append("direct"), applied(*args))[1]
+    try:
+        first, *others = layer_step(layer, given, 3)
+    finally:
+        direct._apply = applied
+    for step in (first, *others):
+        check_flow(step, given)
+        for mine, right in zip(step.launches, first.launches, strict=True):
+            assert (mine.function, mine.grid, mine.block) == (right.function, right.grid, right.block)
+            assert _numbers(mine) == _numbers(right)
+    return ways
+
+
+def check_flow(step: Step, given: Given) -> None:
+    """What a kernel is given is the caller's tensor, or what the kernel before it left."""
+    sums, normalized, dsums, inputs = (launch.values for launch in step.launches)
+    at = step.at
+    assert all(launch.stream == STREAM for launch in step.launches)
+    assert {values["x_ptr"] for values in (sums, normalized, dsums, inputs)} == {at["x"]}
+    assert {values["dy_ptr"] for values in (dsums, inputs)} == {at["dy"]}
+    for values in (normalized, dsums, inputs):
+        assert (values["weight_ptr"], values["bias_ptr"]) == (at["weight"], at["bias"])
+    assert normalized["y_ptr"] == at["y"]
+    for name in ("running_mean", "running_var", "tracked"):
+        assert normalized[name + "_ptr"] == at[name]
+    assert normalized["sums_ptr"] == sums["sums_ptr"]
+    for name in ("mean_ptr", "invstd_ptr"):
+        assert normalized[name] == dsums[name] == inputs[name]
+    assert inputs["dsums_ptr"] == dsums["dsums_ptr"]
+    assert inputs["count_ptr"] == sums["sums_ptr"] + 16 * given.shape[1]
+    assert (dsums["dweight_ptr"], dsums["dbias_ptr"]) == (at["dweight"], at["dbias"])
+    assert inputs["dx_ptr"] == at["dx"]
+    if given.residual and given.activation is not None:
+        assert normalized["residual_ptr"] == dsums["residual_ptr"] == at["residual"]
+        assert inputs["dresidual_ptr"] == at["dresidual"]
+    assert len({values["sums_ptr"] for values in (sums,)} | {normalized["mean_ptr"], normalized["invstd_ptr"]}) == 3
+
+
+def _numbers(launch: Launch) -> dict[str, float]:
+    return {name: value for name, value in launch.values.items() if not name.endswith("_ptr")}
+
+
+def change(layer: syncbn.SyncBatchNorm, what: str, flat: torch.Tensor) -> None:
+    """Give the layer other parameters; its weight is the beginning of flat."""
+    if what == "dtype":
+        layer.half()
+    elif what == "data":
+        layer.weight.data = torch.ones(32)
+    elif what == "dtype at the same address":
+        layer.weight.data = flat.view(torch.bfloat16)[:32]
+    elif what == "strides at the same address":
+        layer.weight.data = flat[::2]
+    elif what == "parameter":
+        layer.weight = torch.nn.Parameter(torch.ones(32))
+
+
+def ways_of(what: str) -> list[bool]:
+    """Whether each of four steps went the direct way, the third under an unusual circumstance."""
+    import triton
+
+    from syncbn import direct
+
+    given = Given((4, 32, 4, 4), residual=False)
+    layer = syncbn.SyncBatchNorm(32, activation="relu")
+    flat = torch.ones(64)
+    layer.weight.data = flat[:32]
+    ways, heard = [], []
+    applied = direct._apply
+    direct._apply = lambda *args: (ways.append(True), applied(*args))[1]
+    hook = triton.knobs.runtime.launch_enter_hook
+    taken = []
+    try:
+        for step in range(4):
+            ways.clear()
+            now = given
+            if step == 2:
+                if what == "hook":
+                    hook.add(heard.append)
+                elif what == "address":
+                    now = given._replace(offset=1)
+                change(layer, what, flat)
+            with stub().capturing() if what == "capture" and step == 2 else torch.enable_grad():
+                layer_step(layer, now, 1)
+            if step == 2 and what == "hook":
+                hook.remove(heard.append)
+                assert len(heard) == 4, "a launch was kept from the hook"
+            taken.append(bool(ways))
+    finally:
+        direct._apply = applied
+    return taken
+
+
+def backward_is_direct(what: str) -> bool:
+    """Whether the backward of a direct forward is launched directly, after a change in between."""
+    from syncbn import direct
+
+    given, flat = Given((4, 32, 4, 4), residual=False), torch.ones(2, 64)
+    layer = syncbn.SyncBatchNorm(32, activation="relu")
+    layer.weight.data, layer.bias.data = flat[0, :32], flat[1, :32]
+    layer_step(layer, given, 1)
+    x, dy, _, _ = tensors(given)
+    with backends.force("gpu"):
+        y = layer(x.requires_grad_())
+    if what == "weight":
+        layer.weight.data = flat[0].view(torch.bfloat16)[:32]
+    elif what == "bias":
+        layer.bias.data = flat[1, ::2]
+    elif what == "x":
+        x.data = x.data.to(memory_format=torch.channels_last)
+    elif what == "dy":
+        dy = dy.to(memory_format=torch.channels_last)
+    readable, gradients = [], direct.gradients
+    direct.gradients = lambda *args: (readable.append(what), gradients(*args))[1]
+    try:
+        torch.autograd.grad(y, x, dy)
+    finally:
+        direct.gradients = gradients
+    return not readable
