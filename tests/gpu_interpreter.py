@@ -4,7 +4,9 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,8 +30,40 @@ class Interpreter(TritonProcess):
 
 
 def _begin() -> None:
+    from triton.runtime import interpreter
+
     warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.6's own, for range()
     UNIT[torch.bfloat16] = CUT_BFLOAT16
+    interpreter.ReduceOps.reduce_by_elements = interpreter.ReduceOps.generic_reduce
+    interpreter.ReduceOps.generic_reduce = reduce_by_slices
+
+
+def reduce_by_slices(self: Any, given: tuple[Any, ...]) -> list[Any]:
+    """tl.reduce by a function of the kernels' own, which Triton's interpreter calls for one element at a time.
+
+    Here it gets all elements of a position along the axis at once, in the same order: it works on blocks, too.
+    """
+    blocks = [np.moveaxis(block.handle.data, self.axis, 0) for block in given]
+    total: tuple[Any, ...] = ()
+    for parts in zip(*blocks, strict=True):
+        part = tuple(self.to_tensor(each, block.dtype) for each, block in zip(parts, given, strict=True))
+        total = self.combine_fn.fn(*total, *part) if total else part
+    return [self.to_tensor(each.handle.data, block.dtype) for each, block in zip(total, given, strict=True)]
+
+
+def check_reduction(shape: tuple[int, int], axis: int) -> None:
+    """What `reduce_by_slices` makes of two sums are the bits that Triton's own way makes."""
+    from triton.runtime.interpreter import ReduceOps
+
+    from tests.reduction_kernel import two_sums_kernel
+
+    x = torch.randn(shape)
+    sums = [torch.zeros(2, shape[1 - axis]) for _ in range(2)]
+    for way, out in zip((ReduceOps.reduce_by_elements, reduce_by_slices), sums, strict=True):
+        ReduceOps.generic_reduce = way
+        two_sums_kernel[1,](x, out, *shape, axis)
+    assert torch.equal(*sums)
+    torch.testing.assert_close(sums[0], torch.stack([x.sum(axis), x.square().sum(axis)]))
 
 
 def _version(package: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu_interpreter import Interpreter, check_ranks
+from tests.gpu_interpreter import Interpreter, check_ranks, check_reduction
 from tests.oracle import ACTIVATIONS, Case
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -19,6 +19,12 @@ def interpreter() -> Iterator[Interpreter]:
     process = Interpreter()
     yield process
     process.close()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 8), 1), ((4, 8), 0), ((2, 1), 1), ((1, 16), 1)])
+def test_reductions_are_those_of_triton(interpreter: Interpreter, shape: tuple[int, int], axis: int) -> None:
+    """What makes the interpreter quicker here gives the bits of its own way."""
+    interpreter.run(check_reduction, shape, axis)
 
 
 LAYOUTS = [
