@@ -51,6 +51,7 @@ class Call:
         # sums, mean and invstd of a call are one allocation of this size; this takes no memory itself
         doubles = self.wire + -(-2 * size * self.channels // 8)
         self.kept = torch.empty(1, dtype=torch.float64, device=x.device).expand(doubles)
+        self.reduced = self.kept[: 2 * self.channels]
 
     def is_of(self, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> bool:
         """Whether these are its parameters and buffers, where and as they were."""
@@ -99,7 +100,7 @@ class NormalizeDirectly(torch.autograd.Function):
         call, group, eps = ctx.rest
         needs_dx, _, _, needs_dresidual, *_ = needed = ctx.needs_input_grad[:4]
         fused = needs_dresidual and call.activation is not None
-        launches, channels = call.launches, call.channels
+        launches = call.launches
         step = launches.both_inputs if fused else launches.inputs
         dy_at, at, residual_at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
@@ -118,13 +119,13 @@ class NormalizeDirectly(torch.autograd.Function):
         if bias is not None:
             dbias, bias_at = torch.empty_like(bias), bias.data_ptr()
             dbias_at = dbias.data_ptr()
-        first = launches.dsums.plan.partials - 2 * channels  # the end of its scratch, which no partial sum is in
-        dsums_at = partials_at + 8 * first
+        dsums = torch.empty_like(call.reduced)
+        dsums_at = dsums.data_ptr()
         launches.dsums.launch(
             *given, weight_at, bias_at, partials_at, work.semaphores_at, dsums_at, dweight_at, dbias_at
         )
         if group is not None:
-            comm.all_sum(work.partials[first : first + 2 * channels], group)
+            comm.all_sum(dsums, group)
         dx, dresidual = torch.empty_like(x), torch.empty_like(x) if fused else None
         results = (dx.data_ptr(), None if dresidual is None else dresidual.data_ptr())
         step.launch(*given, weight_at, bias_at, dsums_at, kept_at + call.mean_at - 8, *results)

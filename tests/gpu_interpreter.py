@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.backends import Epilogue, Running
 from tests.oracle import UNIT, Call, Case, Outcome, compare, make_calls
@@ -55,7 +56,7 @@ def check_reduction(shape: tuple[int, int], axis: int) -> None:
     """What `reduce_by_slices` makes of two sums are the bits that Triton's own way makes."""
     from triton.runtime.interpreter import ReduceOps
 
-    from tests.reduction_kernel import two_sums_kernel
+    from tests.small_kernels import two_sums_kernel
 
     x = torch.randn(shape)
     sums = [torch.zeros(2, shape[1 - axis]) for _ in range(2)]
@@ -64,6 +65,67 @@ def check_reduction(shape: tuple[int, int], axis: int) -> None:
         two_sums_kernel[1,](x, out, *shape, axis)
     assert torch.equal(*sums)
     torch.testing.assert_close(sums[0], torch.stack([x.sum(axis), x.square().sum(axis)]))
+
+
+def check_share(shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> None:
+    """A few programs together have all tiles of an x, in every verb's cut of it."""
+    from syncbn.backends import gpu
+    from tests.small_kernels import share_kernel
+
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last) if rows else x
+    epilogue = Epilogue(None, None)
+    for plan in (
+        gpu.plan_batch_sums(x, None),
+        gpu.plan_normalize(x, x, epilogue, None),
+        gpu.plan_grad_sums(x, x, epilogue),
+        gpu.plan_grad_input(x, x, epilogue, x, None),
+    ):
+        outer, inner, columns, _ = plan.integers[:4]
+        names = ("KIND", "ALIGN", "WIDE", "GROUP", "BLOCK_I")
+        kind, align, wide, group, block_i = (plan.kernel.constants[name] for name in names)
+        groups = -(-columns * (align if kind == "rows" else 1) // group)
+        tiles_of_each = -(-inner * (align if kind == "planes" else 1) // block_i)
+        tiles = torch.zeros(3 * groups, dtype=torch.int32)
+        share_kernel[3 * groups,](tiles, outer, inner, columns, kind, align, wide, group, block_i)
+        assert int(tiles.sum()) == groups * outer * tiles_of_each > 0
+
+
+class Copies(TorchDispatchMode):
+    """The shapes of activations that are copied meanwhile, not as bytes, which is how the interpreter copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.shapes += [tuple(args[0].shape)] if args[0].ndim > 1 else []
+        return func(*args, **(kwargs or {}))
+
+
+def check_copies() -> None:
+    """Of a crop a kernel gets a copy; its result is copied only if it is to have strides that no kernel writes."""
+    from syncbn.backends import gpu
+
+    def crop() -> Tensor:
+        return torch.randn(2, 3, 4, 9)[..., :7]
+
+    dense, turned = torch.randn(2, 3, 4, 7), torch.randn(2, 3, 7, 4).transpose(2, 3)
+    for x, residual, copies in ((dense, crop(), 1), (crop(), dense, 1), (crop(), crop(), 2), (turned, dense, 2)):
+        sums = gpu.batch_sums(x, None)
+        epilogue = Epilogue(None, None, residual, None, "relu")
+        with Copies() as copied:
+            y, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, None)
+        assert copied.shapes == [(2, 3, 4, 7)] * copies
+        with Copies() as copied:
+            dx, dresidual = gpu.grad_input(
+                dense, x, mean, invstd, epilogue, torch.zeros(6, dtype=torch.float64), sums[-1:], True
+            )
+        assert copied.shapes == [(2, 3, 4, 7)] * (copies + (x is turned))
+        for result in (y, dx, dresidual):
+            assert result is not None
+            assert result.stride() == torch.empty_like(x).stride()
 
 
 def _version(package: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu_interpreter import Interpreter, check_ranks, check_reduction
+from tests.gpu_interpreter import Interpreter, check_copies, check_ranks, check_reduction, check_share
 from tests.oracle import ACTIVATIONS, Case
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -83,6 +83,46 @@ def test_masks(interpreter: Interpreter, shape: tuple[int, ...], layout: str, sm
     """A mask, a denser one and a sparser one on three ranks: NaN below it reaches nothing."""
     case = Case((shape,) * 3, layout=layout, activation="relu", residual=True, masked=True)
     interpreter.run(check_ranks, case, sms)
+
+
+HUGE = [
+    ((2**31, 1), torch.float16, False),
+    ((2**31 - 8, 1), torch.bfloat16, False),
+    ((2**32, 1), torch.float32, False),
+    ((2**31 - 1, 2), torch.float16, False),
+    ((8, 1, 1024, 512, 512), torch.bfloat16, False),
+    ((2, 2, 2**15, 2**16 + 1), torch.float32, False),
+    ((2, 16, 2**15, 2**15), torch.bfloat16, True),
+    ((4096, 256), torch.bfloat16, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "rows"), HUGE)
+def test_huge_tensors(interpreter: Interpreter, shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> None:
+    """No tile is lost where a length, or the end of the last tile, needs more than 32 bits."""
+    interpreter.run(check_share, shape, dtype, rows)
+
+
+def test_only_what_no_kernel_reads_or_writes_is_copied(interpreter: Interpreter) -> None:
+    """A residual that is a crop costs a copy of itself and none of the result, and x likewise."""
+    interpreter.run(check_copies)
+
+
+EMPTY = [
+    ((1, 3, 4, 0), "contiguous"),
+    ((2, 3, 5, 0, 4), "contiguous"),
+    ((0, 3, 5, 7), "sliced"),
+    ((0, 3, 5, 7), "channels_last"),
+    ((2, 3, 5, 0), "sliced"),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), EMPTY)
+def test_empty_inputs(interpreter: Interpreter, shape: tuple[int, ...], layout: str, masked: bool) -> None:
+    """A rank without a value, whatever its strides are, takes part in a step like any other."""
+    shapes = (shape, (2, 3, *(3 for _ in shape[2:])))
+    interpreter.run(check_ranks, Case(shapes, layout=layout, activation="relu", residual=True, masked=masked), FEW)
 
 
 RANKS = [

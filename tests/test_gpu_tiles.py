@@ -172,7 +172,7 @@ def test_teams_cover_the_splits(splits: int, block_k: int, warps: int) -> None:
     sums = combination(shape, tile)
     teams = -(-splits // sums.team) if sums.team else 0
     assert sums.team in (0, sums.block_s)
-    assert sums.partials == 3 * (splits + teams) * 2 * block_k + splits + 2 * shape.channels
+    assert sums.partials == 3 * (splits + teams) * 2 * block_k + splits
     assert sums.semaphores == 3 * (1 + teams)
     assert teams <= splits
 

@@ -1,6 +1,7 @@
 """Triton kernels, one launch a verb: this file allocates what is returned and says what the kernels are given.
 
-A tensor whose spatial dimensions cannot be seen as one (a crop in width, say) is copied first; no other layout is.
+A tensor whose spatial dimensions cannot be seen as one (a crop in width, say) is copied first, and a result that is to
+have such strides afterwards; no other layout is.
 """
 
 import functools
@@ -86,9 +87,11 @@ def normalize(
     y = torch.empty_like(x)
     plan = plan_normalize(x, y, epilogue, running)
     if plan.copies:
+        strides = y.stride()
+        del y
         epilogue = _copied_epilogue(epilogue, plan)
         z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running)
-        return y.copy_(z), mean, invstd
+        return _in_strides(z, strides), mean, invstd
     if running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()):
         return _with_contiguous_running(x, sums, epilogue, eps, running)
     mean = torch.empty(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
@@ -156,10 +159,13 @@ def grad_input(
     dresidual = torch.empty_like(x) if needs_dresidual else None
     plan = plan_grad_input(dy, x, epilogue, dx, dresidual)
     if plan.copies:
+        del dx, dresidual
+        strides = torch.empty_like(x, device="meta").stride()
         epilogue = _copied_epilogue(epilogue, plan)
         x, dy = _copied(x, "x", plan), _copied(dy, "dy", plan)
         dense = grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual)
-        return _filled(dx, dense[0]), _filled(dresidual, dense[1])
+        dx, dresidual = (None if t is None else _in_strides(t, strides) for t in dense)
+        return dx, dresidual
     parameters = (mean, invstd, _packed(weight), _packed(bias), dsums, count)
     launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, dx, dresidual), plan.integers)
     return dx, dresidual
@@ -219,5 +225,8 @@ def _copied_epilogue(epilogue: Epilogue, plan: Plan) -> Epilogue:
     )
 
 
-def _filled(out: Tensor | None, values: Tensor | None) -> Tensor | None:
-    return None if out is None or values is None else out.copy_(values)
+def _in_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """t, or a copy if its strides are others."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)

@@ -25,8 +25,10 @@ def program_share(pid, outer, inner, columns, GROUP: tl.constexpr, BLOCK_I: tl.c
 
 
 @triton.jit
-def scaled(size, along: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr):
-    """a length that comes divided by ALIGN where vectors lie along it"""
+def scaled(size, along: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """a length that comes divided by ALIGN where vectors lie along it; WIDE says that tiles may end beyond 32 bits"""
+    if WIDE:
+        size = size.to(tl.int64)
     if KIND == along:
         return size * ALIGN
     else:  # here and below: Triton compiles what follows a return, but not a branch that is not taken

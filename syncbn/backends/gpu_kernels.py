@@ -4,7 +4,8 @@
 
 Tensors (N, C, *S) are addressed as (outer, columns, inner) by strides; see gpu_tiles.py. A grid is groups of columns ×
 splits of tiles. Sums over a program's tiles are kept per lane in float32 (float64 for float64) and leave it as
-float64; the last program of a group adds the programs' partials in the order of the splits, so bits repeat.
+float64; the last program of a group, or of a team and then of the teams, adds the programs' partials in an order that
+does not depend on which came when, so bits repeat.
 """
 
 import triton
@@ -66,8 +67,8 @@ def batch_sums_kernel(
 ):
     """[Σx, Σx², count], by way of d = x − k, for which float32 is enough: see column_sums"""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    inner = scaled(inner, "planes", KIND, ALIGN)
-    columns = scaled(columns, "rows", KIND, ALIGN)
+    inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
+    columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
     positions = positions * ALIGN if FOLD else positions
     group, groups, split, splits, tiles, tiles_inner = program_share(
         tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
@@ -137,8 +138,8 @@ def normalize_kernel(
 ):
     """y = activation((x − mean)·invstd·weight + bias + residual); the first split of a group moves its buffers"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
-    inner = scaled(inner, "planes", KIND, ALIGN)
-    columns = scaled(columns, "rows", KIND, ALIGN)
+    inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
+    columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
     positions = positions * ALIGN if FOLD else positions
     group, groups, split, splits, tiles, tiles_inner = program_share(
         tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I

@@ -57,8 +57,8 @@ def grad_sums_kernel(
 ):
     """[Σdz, Σdz·x̂], dweight = Σdz·x̂, dbias = Σdz with dz = dy·activation′(z) and x̂ = (x − mean)·invstd"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
-    inner = scaled(inner, "planes", KIND, ALIGN)
-    columns = scaled(columns, "rows", KIND, ALIGN)
+    inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
+    columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
     positions = positions * ALIGN if FOLD else positions
     group, groups, split, splits, tiles, tiles_inner = program_share(
         tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I
@@ -135,8 +135,8 @@ def grad_input_kernel(
 ):
     """dx = scale·(dz − Σdz/n + slope·(x − mean)), slope = −invstd·Σdz·x̂/n, scale = invstd·weight; dresidual = dz"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
-    inner = scaled(inner, "planes", KIND, ALIGN)
-    columns = scaled(columns, "rows", KIND, ALIGN)
+    inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
+    columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
     positions = positions * ALIGN if FOLD else positions
     group, _groups, split, splits, tiles, tiles_inner = program_share(
         tl.program_id(0), outer, inner, columns, GROUP, BLOCK_I

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from syncbn.backends.gpu_efforts import Effort, pow2
 
 MOST_TILES = 64
-"""Tiles per program. A column's pivot is the mean of one of its T equal tiles, so |pivot − mean| ≤ √(T − 1)·σ."""
+"""T tiles per program. A column's pivot is the mean of the first, none being larger: |pivot − mean| ≤ √(T − 1)·σ."""
 
 FOLD_COLUMNS = 512
 """Columns of a folded row, at most: rows of fewer than FOLD_BELOW channels are joined, so that vectors fit."""
@@ -80,6 +80,8 @@ class Tile(NamedTuple):
 
 def collapse(shape: Sequence[int], strides: Sequence[int]) -> Strides | None:
     """(N, C, *S) with these strides as (N, C, S); None where the spatial dimensions are not one."""
+    if 0 in shape:
+        return Strides(0, 0, 0)
     inner = 0
     covered = 1
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
@@ -169,7 +171,8 @@ def choose(shape: Shape, kind: str, itemsize: int, sms: int, effort: Effort, lig
 
 class Combination(NamedTuple):
     """How programs' sums become a group's: block_k channels from at most block_p columns each; teams of splits, 0 for
-    none, whose rows are read block_s at a time; how many float64 and semaphores that takes."""
+    none, whose rows are read block_s at a time; how many float64 that takes, each split's count under a mask included,
+    and how many semaphores."""
 
     block_k: int
     block_p: int
@@ -186,7 +189,7 @@ def combination(shape: Shape, tile: Tile) -> Combination:
     block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
     team = block_s if tile.splits > TEAMS_FROM * block_s > TEAMS_FROM else 0
     teams = _cdiv(tile.splits, team) if team else 0
-    partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits + 2 * shape.channels
+    partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits
     return Combination(block_k, pow2(tile.group // here), team, block_s, partials, tile.groups * (1 + teams))
 
 
