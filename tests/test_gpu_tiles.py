@@ -166,15 +166,20 @@ def test_small_planes_are_cut_at_vectors(side: int, verb: str) -> None:
 
 @given(splits=st.integers(1, 3000), block_k=st.sampled_from([1, 16, 32, 64, 512]), warps=st.sampled_from([4, 8]))
 def test_teams_cover_the_splits(splits: int, block_k: int, warps: int) -> None:
-    """Scratch and semaphores suffice for every split's row, every team's row, and a count for each split."""
+    """Scratch and semaphores suffice for every split's row, every team's row, and a count for each split.
+
+    So they do where registers are short, with no more rows at a time.
+    """
     tile = Tile(block_k, block_k, 1, warps, 1, 3, splits)
     shape = Shape(1, 3 * block_k, splits, splits)
-    sums = combination(shape, tile)
-    teams = -(-splits // sums.team) if sums.team else 0
-    assert sums.team in (0, sums.block_s)
-    assert sums.partials == 3 * (splits + teams) * 2 * block_k + splits
-    assert sums.semaphores == 3 * (1 + teams)
-    assert teams <= splits
+    light, full = (combination(shape, tile, is_light) for is_light in (True, False))
+    assert light.block_s <= full.block_s
+    for sums in (light, full):
+        teams = -(-splits // sums.team) if sums.team else 0
+        assert sums.team in (0, sums.block_s)
+        assert sums.partials == 3 * (splits + teams) * 2 * block_k + splits
+        assert sums.semaphores == 3 * (1 + teams)
+        assert teams <= splits
 
 
 @given(

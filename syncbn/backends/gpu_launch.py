@@ -127,7 +127,7 @@ def _plan_of(
     geometry |= {"BLOCK_C": tile.block_c, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
     partials = semaphores = 0
     if "y" not in tensors:
-        sums = tiles.combination(shape, tile)
+        sums = tiles.combination(shape, tile, light)
         geometry |= {"BLOCK_K": sums.block_k, "BLOCK_P": sums.block_p, "TEAM": sums.team, "BLOCK_S": sums.block_s}
         partials, semaphores = sums.partials, sums.semaphores
     kernel = Kernel(function, constants | geometry, tile.warps)

@@ -182,11 +182,15 @@ class Combination(NamedTuple):
     semaphores: int
 
 
-def combination(shape: Shape, tile: Tile) -> Combination:
-    """As many rows at a time as keep ROW_BYTES of each thread under way; in teams, where that were many times."""
+def combination(shape: Shape, tile: Tile, light: bool = False) -> Combination:
+    """As many rows at a time as keep ROW_BYTES of each thread under way; in teams, where that were many times.
+
+    light: half as many, as in `choose`.
+    """
     here = shape.fold or (tile.group // shape.plane if shape.plane else tile.group)
     block_k = pow2(here)
-    block_s = max(1, min(MOST_ROWS, ROW_BYTES // 8 * tile.warps * 32 // (2 * block_k)))
+    row_bytes = ROW_BYTES // 2 if light else ROW_BYTES
+    block_s = max(1, min(MOST_ROWS, row_bytes // 8 * tile.warps * 32 // (2 * block_k)))
     team = block_s if tile.splits > TEAMS_FROM * block_s > TEAMS_FROM else 0
     teams = _cdiv(tile.splits, team) if team else 0
     partials = tile.groups * (tile.splits + teams) * 2 * block_k + tile.splits
