@@ -165,26 +165,25 @@ def test_two_kernels_a_direction() -> None:
     assert ran == ["batch_sums_kernel", "normalize_kernel", "grad_sums_kernel", "grad_input_kernel"]
 
 
-@pytest.mark.parametrize("rows", [False, True])
-def test_more_than_2_31_elements(rows: bool) -> None:
-    """The last elements of a tensor of 2³¹ + 2²² count, and are written."""
+@pytest.mark.parametrize(("channels", "rows"), [(16, False), (16, True), (1, False)])
+def test_more_than_2_31_elements(channels: int, rows: bool) -> None:
+    """The last elements of a tensor of 2³¹ + 2²² count, and are written; also where they are all one plane."""
     need = 5 * 2 * (2**31 + 2**22)
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of free device memory")
-    shape = (513, 16, 512, 512)
-    x = torch.zeros(shape, dtype=torch.float16, device="cuda")
+    x = torch.zeros(513 * 16 // channels, channels, 512, 512, dtype=torch.float16, device="cuda")
     if rows:
-        x = torch.zeros(513, 512, 512, 16, dtype=torch.float16, device="cuda").permute(0, 3, 1, 2)
+        x = x.view(-1, 512, 512, channels).permute(0, 3, 1, 2)
     x[-1, :, -1, -1] = 1.0
     gpu = backends._load("gpu")
     sums = gpu.batch_sums(x, None)
-    assert sums.tolist() == [1.0] * 32 + [float(x.numel() // 16)]
+    assert sums.tolist() == [1.0] * (2 * channels) + [float(x.numel() // channels)]
     y, mean, invstd = gpu.normalize(x, sums, backends.Epilogue(), 1e-5, None)
     torch.testing.assert_close(y[-1, :, -1, -1].float(), (1 - mean) * invstd, rtol=2**-10, atol=0)
     assert torch.equal(y[0, :, 0, 0], y[-1, :, -1, -2])
     del y
     dsums, _, _ = gpu.grad_sums(x, x, mean, invstd, backends.Epilogue())
-    torch.testing.assert_close(dsums[16:], ((1 - mean) * invstd).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dsums[channels:], ((1 - mean) * invstd).double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shapes", [((5, 24, 9, 9), (3, 24, 9, 9)), ((4, 24, 9, 9), (0, 24, 9, 9))], ids=str)
