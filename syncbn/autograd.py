@@ -82,6 +82,9 @@ def gradients(
 ) -> Gradients:
     """Those that are needed; statistics are mean, invstd and the sums of all ranks."""
     mean, invstd, sums = statistics
+    dy = (
+        dy if type(dy) is Tensor else dy.clone()
+    ).resolve_neg()  # as kernels read it: it may be on its way, or negated
     if torch.is_grad_enabled():  # create_graph=True
         dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, comm.name_of(group), sums, needed)
         return dx, dweight, dbias, dresidual

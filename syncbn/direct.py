@@ -1,12 +1,11 @@
 """The steps of autograd.py for calls that are all alike, on a GPU: what it works out for each is laid out once, here.
 
-A small layer takes as long as its Python does. A call is alike if its input has the shape, strides and dtype of an
-earlier one's, and its parameters and buffers are the same objects, where and as they were: so it was checked, and its
-kernels are compiled. What is unusual (a recomputation, a capture, a hook on launches, another device, a dy of other
-strides, a tensor that does not begin at a vector) goes autograd.py's way. The results are the same bits.
+A small layer takes as long as its Python does. A call is alike if all its tensors have the shapes, strides, dtypes and
+device of an earlier one's: so it was checked, and it is launched directly once its kernels are compiled. What is
+unusual (a recomputation, a capture, a hook on launches, another device, a dy of other strides, a tensor that does not
+begin at a vector, a call that autograd does not record) goes autograd.py's way. The results are the same bits.
 """
 
-import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +28,16 @@ MOST_CALLS = 4096
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
 """running_mean, running_var, num_batches_tracked, momentum"""
 
-Kinds = tuple[tuple[torch.dtype, torch.Size, tuple[int, ...]] | None, ...]
+Kinds = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | None, ...]
 
 
 class Call:
     """What calls that are alike share."""
 
-    def __init__(self, x: Tensor, epilogue: Epilogue, running: Running | None, launches: "Launches") -> None:
-        owned = (*epilogue[:2], *(running[:3] if running is not None else (None, None, None)))
-        self.owned = tuple(_nothing if t is None else weakref.ref(t) for t in owned)
-        self.addresses, self.kinds = _addresses(*owned), _kinds(*owned)
+    def __init__(self, x: Tensor, epilogue: Epilogue, launches: "Launches") -> None:
         self.activation, self.launches, self.channels = epilogue.activation, launches, x.shape[1]
         residual = epilogue.residual if epilogue.activation is not None else None
-        like_y = x.dtype, x.shape, launches.strides
+        like_y = x.shape, launches.strides, x.dtype, x.device
         self.backward_kinds = like_y, *_kinds(x, epilogue.weight, epilogue.bias, residual)
         """Of dy and of what is saved for backward."""
         self.is_single = x.numel() == self.channels
@@ -52,14 +48,6 @@ class Call:
         doubles = self.wire + -(-2 * size * self.channels // 8)
         self.kept = torch.empty(1, dtype=torch.float64, device=x.device).expand(doubles)
         self.reduced = self.kept[: 2 * self.channels]
-
-    def is_of(self, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> bool:
-        """Whether these are its parameters and buffers, where and as they were."""
-        mean, var, tracked, _ = statistics
-        a, b, c, d, e = self.owned
-        same = a() is weight and b() is bias and c() is mean and d() is var and e() is tracked
-        now = weight, bias, mean, var, tracked
-        return same and self.addresses == _addresses(*now) and self.kinds == _kinds(*now)
 
     def unpacked(self, kept: Tensor) -> list[Tensor]:
         """mean, invstd, sums"""
@@ -78,9 +66,9 @@ class NormalizeDirectly(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         call: Call,
-        now: tuple["Workspace", ProcessGroup | None, float, tuple[float, ...]],
+        now: tuple["Workspace", ProcessGroup | None, float, tuple[float, ...], tuple[int | None, ...]],
     ) -> Tensor:
-        work, group, eps, floats = now
+        work, group, eps, floats, addresses = now
         launches = call.launches
         kept, y = torch.empty_like(call.kept), torch.empty_like(x)
         stream, at, kept_at = work.stream, x.data_ptr(), kept.data_ptr()
@@ -89,7 +77,7 @@ class NormalizeDirectly(torch.autograd.Function):
             comm.all_sum(kept[: call.wire], group)
         residual_at = None if residual is None else residual.data_ptr()
         results = (y.data_ptr(), kept_at + call.mean_at, kept_at + call.invstd_at)
-        launches.normalized.launch(stream, at, residual_at, None, kept_at, *call.addresses, None, *results, *floats)
+        launches.normalized.launch(stream, at, residual_at, None, kept_at, *addresses, None, *results, *floats)
         ctx.save_for_backward(x, weight, bias, residual if call.activation is not None else None, kept)
         ctx.rest = call, group, eps
         return y
@@ -104,8 +92,8 @@ class NormalizeDirectly(torch.autograd.Function):
         step = launches.both_inputs if fused else launches.inputs
         dy_at, at, residual_at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
-        is_alike = _kinds(dy, x, weight, bias, residual) == call.backward_kinds
-        is_ready = is_alike and work is not None and launches.dsums.bind() and step.bind()
+        is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == call.backward_kinds
+        is_ready = is_alike and not dy.is_neg() and work is not None and launches.dsums.bind() and step.bind()
         if not (is_ready and needs_dx) or torch.is_grad_enabled():
             epilogue = Epilogue(weight, bias, residual, None, call.activation)
             grads = gradients(dy, x, epilogue, call.unpacked(kept), eps, group, select(x), needed)
@@ -132,10 +120,10 @@ class NormalizeDirectly(torch.autograd.Function):
         return dx, dweight, dbias, dresidual if fused or not needs_dresidual else dy, None, None
 
 
-# Function.apply first unwraps what outlived a transform of torch.func, in Python; such an x is not let in here.
+# Function.apply first unwraps what outlived a transform of torch.func, in Python; such an x has no address.
 _apply = super(torch.autograd.Function, NormalizeDirectly).apply
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_calls: Recent[Call] = Recent(MOST_CALLS)
+_calls: Recent[Call | None] = Recent(MOST_CALLS)
+"""None for those that are unusual."""
 
 
 def normalize(
@@ -149,19 +137,24 @@ def normalize(
     activation: str | None,
 ) -> Tensor | None:
     """y of a training call without a mask; None if it is not one that is known here, or not at such a time."""
-    call = _calls.get(_key(x, weight, statistics[0], residual, activation))
-    momentum = statistics[3]
-    if call is None or momentum is None or not call.is_of(weight, bias, statistics):
+    *owned, momentum = weight, bias, *statistics
+    call = _calls.get(_key(activation, x, residual, *owned))
+    if call is None or momentum is None or name_for(x) != "gpu":
         return None
-    if not recompute.is_ordinary() or _is_wrapped(x) or (residual is not None and _is_wrapped(residual)):
+    if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
+        return None
+    try:
+        at = x.data_ptr()
+        residual_at, *addresses = _addresses(residual, *owned)
+    except RuntimeError:  # what outlived a transform of torch.func has none
         return None
     launches = call.launches
     if not (launches.sums.bind() and launches.normalized.bind()) or (group is None and call.is_single):
         return None
-    work = launches.turn(x.data_ptr() | (0 if residual is None else residual.data_ptr()))
-    if work is None:
+    work = launches.turn(at | (residual_at or 0))
+    if work is None or residual_at == 0 or 0 in addresses:
         return None
-    now = (work, group, eps, launches.halves(eps, momentum))
+    now = (work, group, eps, launches.halves(eps, momentum), addresses)
     y: Tensor = _apply(x, weight, bias, residual, call, now)  # type: ignore[no-untyped-call]  # torch's own
     return y
 
@@ -171,36 +164,29 @@ def remember(x: Tensor, epilogue: Epilogue, running: Running | None) -> None:
     if name_for(x) != "gpu" or (running is not None and running.momentum is None):
         return
     weight, bias, residual, _, activation = epilogue
-    statistics: Statistics = (None, None, None, 0.0) if running is None else running
-    key = _key(x, weight, statistics[0], residual, activation)
-    known = _calls.get(key)
-    if known is None or not known.is_of(weight, bias, statistics):
-        from syncbn.backends import gpu_direct
+    key = _key(activation, x, residual, weight, bias, *((None, None, None) if running is None else running[:3]))
+    if key is None or key in _calls:
+        return
+    from syncbn.backends import gpu_direct, gpu_workspace
 
+    if not gpu_workspace.is_capturing(x.device):  # else what is allocated for it were the graph's
         launches = gpu_direct.launches_for(x, epilogue, running)
-        if launches is not None:
-            _calls.put(key, Call(x, epilogue, running, launches))
+        _calls.put(key, None if launches is None else Call(x, epilogue, launches))
 
 
-def _key(
-    x: Tensor, weight: Tensor | None, mean: Tensor | None, residual: Tensor | None, activation: str | None
-) -> Hashable:
-    """Of what is alike; `Call.is_of` looks at the rest. None for what is no tensor or has no strides."""
+def _key(activation: str | None, *tensors: Tensor | None) -> Hashable:
+    """Of what is alike; None for what is no tensor or has no strides."""
+    if not (activation is None or type(activation) is str):
+        return None
     try:
-        fused = None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device)
-        return x.shape, x.stride(), x.dtype, x.device, id(weight), id(mean), activation, fused
+        return activation, _kinds(*tensors)
     except (AttributeError, RuntimeError):
         return None
 
 
+def _kinds(*tensors: Tensor | None) -> Kinds:
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
 def _addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if t is None else t.data_ptr() for t in tensors])
-
-
-def _kinds(*tensors: Tensor | None) -> Kinds:
-    """What an address does not tell: a layer that was moved away, cast and moved back may be where it was."""
-    return tuple([None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors])
-
-
-def _nothing() -> None:
-    """A reference to None."""

@@ -98,10 +98,12 @@ def over_group(
     if mask is None:
         checks.check_batch_size(x, group)
     epilogue = Epilogue(weight, bias, residual, mask, activation)
-    if composed.is_needed(x):
+    if composed.is_needed(x) or (residual is not None and composed.is_needed(residual)):
         if not torch.compiler.is_compiling():
             checks.check_mapped(x, mask, statistics[0] if training else None)
         return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)
+    x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
+    epilogue = epilogue._replace(residual=residual)
     options = Options(eps, activation, group, running, torch.is_grad_enabled())
     y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     if mask is None:

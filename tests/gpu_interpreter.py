@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.backends import Epilogue, Running
+from syncbn.functional import sync_batch_norm
 from tests.oracle import UNIT, Call, Case, Outcome, compare, make_calls
 from tests.triton_process import TritonProcess
 
@@ -89,6 +90,26 @@ def check_share(shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> None:
         tiles = torch.zeros(3 * groups, dtype=torch.int32)
         share_kernel[3 * groups,](tiles, outer, inner, columns, kind, align, wide, group, block_i)
         assert int(tiles.sum()) == groups * outer * tiles_of_each > 0
+
+
+def check_negated() -> None:
+    """Of x, residual and dy that are negated lazily, the negated values count."""
+    from syncbn import backends
+
+    def negated() -> Tensor:
+        return torch.randn(2, 3, 4, 5, dtype=torch.complex64).conj().imag
+
+    x, residual, dy = negated(), negated(), negated()
+    results = []
+    for plain in (False, True):
+        given = [t.resolve_neg() if plain else t for t in (x, residual, dy)]
+        assert plain or all(t.is_neg() for t in given)
+        leaf, added = (t.detach().requires_grad_() for t in given[:2])
+        with backends.force("gpu"):
+            y = sync_batch_norm(leaf, None, None, training=True, residual=added, activation="silu")
+            results.append([y, *torch.autograd.grad(y, (leaf, added), given[2])])
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=0)
 
 
 class Copies(TorchDispatchMode):

@@ -42,14 +42,16 @@ def the_direct_way_is_the_same(given: Given) -> list[str]:
     """Steps 2 and 3 are launched directly, with the kernels, grids and numbers of step 1, each given what it needs."""
     from syncbn import direct
 
+    direct._calls.clear()
     layer = syncbn.SyncBatchNorm(given.shape[1], activation=given.activation)
     ways = []
-    applied = direct._apply
+    applied, gradients = direct._apply, direct.gradients
     direct._apply = lambda *args: (ways.append("direct"), applied(*args))[1]
+    direct.gradients = lambda *args: (ways.append("readable backward"), gradients(*args))[1]
     try:
         first, *others = layer_step(layer, given, 3)
     finally:
-        direct._apply = applied
+        direct._apply, direct.gradients = applied, gradients
     for step in (first, *others):
         check_flow(step, given)
         for mine, right in zip(step.launches, first.launches, strict=True):
@@ -109,6 +111,7 @@ def ways_of(what: str) -> list[bool]:
 
     from syncbn import direct
 
+    direct._calls.clear()
     given = Given((4, 32, 4, 4), residual=False)
     layer = syncbn.SyncBatchNorm(32, activation="relu")
     flat = torch.ones(64)
@@ -165,3 +168,51 @@ def backward_is_direct(what: str) -> bool:
     finally:
         direct.gradients = gradients
     return not readable
+
+
+def a_forced_backend_is_obeyed() -> int:
+    """The launches of a call that is known, while another back-end is asked for."""
+    layer, given = syncbn.SyncBatchNorm(32), Given((4, 32, 4, 4), activation=None, residual=False)
+    layer_step(layer, given, 2)
+    stub().launches.clear()
+    with backends.force("cpu"):
+        layer(tensors(given)[0].float().requires_grad_())
+        layer(tensors(given)[0].requires_grad_())
+    return len(stub().launches)
+
+
+def knowing_a_call_costs_no_memory() -> list[str]:
+    """What is allocated of an activation's size when a call becomes known, after ranks have communicated."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from syncbn import direct
+
+    made: list[str] = []
+    x, _, epilogue, running = tensors(Given((4, 32, 4, 4)))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            made.extend([str(func)] if result.numel() >= x.numel() and result.device.type == "cpu" else [])
+            return result
+
+    direct._calls.clear()
+    with backends.force("gpu"), Watch():
+        direct.remember(x, epilogue, running)
+    assert len(direct._calls) == 1
+    return made
+
+
+def unusual_calls_are_known_as_such() -> int:
+    """How often what a crop would need is worked out in three calls."""
+    from syncbn import direct
+    from syncbn.backends import gpu_direct
+
+    direct._calls.clear()
+    asked, launches_for = [], gpu_direct.launches_for
+    gpu_direct.launches_for = lambda *args: (asked.append(None), launches_for(*args))[1]
+    try:
+        layer_step(syncbn.SyncBatchNorm(6), Given((4, 6, 5, 8), "sliced", activation=None, residual=False), 3)
+    finally:
+        gpu_direct.launches_for = launches_for
+    return len(asked)

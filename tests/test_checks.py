@@ -86,6 +86,8 @@ def test_unknown_activation_is_refused_when_the_layer_is_built() -> None:
         syncbn.SyncBatchNorm(3, activation="gelu")
     with pytest.raises(ValueError, match="got 'gelu'"):
         syncbn.functional.sync_batch_norm(torch.ones(X), None, None, training=True, activation="gelu")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        syncbn.functional.sync_batch_norm(torch.ones(X), None, None, training=True, activation=["relu"])
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1)])

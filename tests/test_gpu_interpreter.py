@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu_interpreter import Interpreter, check_copies, check_ranks, check_reduction, check_share
+from tests.gpu_interpreter import Interpreter, check_copies, check_negated, check_ranks, check_reduction, check_share
 from tests.oracle import ACTIVATIONS, Case
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -106,6 +106,11 @@ def test_huge_tensors(interpreter: Interpreter, shape: tuple[int, ...], dtype: t
 def test_only_what_no_kernel_reads_or_writes_is_copied(interpreter: Interpreter) -> None:
     """A residual that is a crop costs a copy of itself and none of the result, and x likewise."""
     interpreter.run(check_copies)
+
+
+def test_lazily_negated_tensors(interpreter: Interpreter) -> None:
+    """The imaginary part of a conjugate, which torch negates when it is read, is read so."""
+    interpreter.run(check_negated)
 
 
 EMPTY = [

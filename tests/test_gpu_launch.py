@@ -107,3 +107,20 @@ def test_signatures_are_the_protocols(verb: str) -> None:
     ours = inspect.signature(getattr(backends._load("gpu"), verb))
     protocol = inspect.signature(getattr(backends.Backend, verb))
     assert list(ours.parameters) == list(protocol.parameters)[1:]
+
+
+def test_a_launcher_of_another_kind_is_called_as_it_is() -> None:
+    """Without what Triton's CUDA launcher has, such as HIP's, a compiled kernel is launched by its own way."""
+    gpu_triton = pytest.importorskip("syncbn.backends.gpu_triton", reason="triton is made for Linux only")
+    calls = []
+
+    class Run:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid = False
+
+        def __call__(self, *args: Any) -> None:
+            calls.append(args)
+
+    compiled = SimpleNamespace(run=Run(), function=1, packed_metadata=())
+    gpu_triton.direct_launch(compiled, 7, (5,))(3, 64)
+    assert calls == [(7, 1, 1, 3, 1, (), None, None, None, 64, 5)]

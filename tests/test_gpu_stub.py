@@ -83,12 +83,16 @@ def test_the_direct_way_is_the_same(device: TritonProcess, given: Given) -> None
     assert device.run(stub_direct_jobs.the_direct_way_is_the_same, given) == ["direct"] * 2
 
 
-UNUSUAL = ["hook", "capture", "address", "dtype", "data", "parameter", *(f"{k} at the same address" for k in KINDS)]
+UNUSUAL = ["hook", "capture", "address", "dtype", *(f"{k} at the same address" for k in KINDS)]
+USUAL = ["nothing", "data", "parameter"]
 
 
-@pytest.mark.parametrize(("what", "then"), [("nothing", True), *((what, False) for what in UNUSUAL)])
+@pytest.mark.parametrize(("what", "then"), [*((what, True) for what in USUAL), *((what, False) for what in UNUSUAL)])
 def test_what_is_unusual_goes_the_readable_way(device: TritonProcess, what: str, then: bool) -> None:
-    """A hook on launches hears all four; a capture, an odd address, another parameter are not launched directly."""
+    """A hook on launches hears all four; a capture, an odd address, another dtype are not launched directly.
+
+    Another parameter of the same kind is.
+    """
     at_once = what != "strides at the same address"  # a slice never is
     assert device.run(stub_direct_jobs.ways_of, what) == [False, True, then, at_once]
 
@@ -97,3 +101,18 @@ def test_what_is_unusual_goes_the_readable_way(device: TritonProcess, what: str,
 def test_a_backward_sees_what_was_changed(device: TritonProcess, what: str) -> None:
     """A backward whose dy, x or parameters are of another kind than in forward goes the readable way."""
     assert device.run(stub_direct_jobs.backward_is_direct, what) == (what == "nothing")
+
+
+def test_a_forced_backend_is_obeyed(device: TritonProcess) -> None:
+    """A known call goes to the back-end that is asked for."""
+    assert device.run(stub_direct_jobs.a_forced_backend_is_obeyed) == 0
+
+
+def test_knowing_a_call_costs_no_memory(device: TritonProcess) -> None:
+    """Nothing of an activation's size is allocated after ranks have communicated."""
+    assert device.run(stub_direct_jobs.knowing_a_call_costs_no_memory) == []
+
+
+def test_unusual_calls_are_known_as_such(device: TritonProcess) -> None:
+    """What can never be launched directly is found out once."""
+    assert device.run(stub_direct_jobs.unusual_calls_are_known_as_such) == 1

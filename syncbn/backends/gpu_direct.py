@@ -1,16 +1,14 @@
 """Launches for calls that are all alike: what gpu.py works out in each call is laid out once, here."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncbn.backends import Epilogue, Running, compute_dtype, gpu, gpu_workspace
-from syncbn.backends.gpu_launch import MOST_PLANS, Plan
+from syncbn.backends.gpu_launch import Plan
 from syncbn.backends.gpu_triton import Launch, direct_launch, has_listeners
 from syncbn.backends.gpu_workspace import Workspace
-from syncbn.backends.recent import Recent
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
@@ -42,10 +40,13 @@ class Launches:
         self.strides, self.wide = y.stride(), compute_dtype(x.dtype)
         self.halves = gpu.halves
         self.is_capturing, self.current_stream = gpu_workspace.questions(x.device)
-        self.sums, self.dsums = Step(gpu.plan_batch_sums(x, None)), Step(gpu.plan_grad_sums(y, x, epilogue))
+        # backward needs the residual again for an activation's derivative only
+        back = epilogue if epilogue.activation is not None else epilogue._replace(residual=None)
+        self.sums, self.dsums = Step(gpu.plan_batch_sums(x, None)), Step(gpu.plan_grad_sums(y, x, back))
         self.normalized = Step(gpu.plan_normalize(x, y, epilogue, running))
-        self.inputs = Step(gpu.plan_grad_input(y, x, epilogue, y, None))
-        self.both_inputs = Step(gpu.plan_grad_input(y, x, epilogue, y, y))
+        self.inputs = self.both_inputs = Step(gpu.plan_grad_input(y, x, back, y, None))
+        if back.residual is not None:
+            self.both_inputs = Step(gpu.plan_grad_input(y, x, back, y, y))
         plans = self.sums.plan, self.dsums.plan
         self.partials, self.semaphores = (max(getattr(p, need) for p in plans) for need in ("partials", "semaphores"))
 
@@ -64,9 +65,6 @@ class Launches:
         return work if work is not None and work.has(self.partials, self.semaphores) else None
 
 
-_launches: "Recent[Launches]" = Recent(MOST_PLANS)
-
-
 def launches_for(x: Tensor, epilogue: Epilogue, running: Running | None) -> Launches | None:
     """Those for calls with tensors of these shapes, strides, dtypes and device; None where they are unusual."""
     owned = (*epilogue[:2], *(running[:3] if running is not None else ()))
@@ -74,10 +72,7 @@ def launches_for(x: Tensor, epilogue: Epilogue, running: Running | None) -> Laun
     cumulative = running is not None and running.momentum is None
     if epilogue.mask is not None or cumulative or with_gaps or x.numel() == 0:
         return None
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, device="meta")
     if gpu.plan_normalize(x, y, epilogue, running).copies or gpu.plan_grad_sums(y, x, epilogue).copies:
         return None
-    key: list[Any] = [epilogue.activation]
-    for t in (x, epilogue.residual, *owned):
-        key.append(None if t is None else (t.shape, t.stride(), t.dtype, t.device))
-    return _launches.made(tuple(key), lambda: Launches(x, y, epilogue, running))
+    return Launches(x, y, epilogue, running)

@@ -33,7 +33,7 @@ class Kernel:
 
 
 def launch(kernel: Kernel, grid: int, pointers: Pointers, numbers: tuple[float, ...]) -> None:
-    """Run the kernel on the current stream: the one place where that happens; what was compiled is kept."""
+    """Run the kernel on the current stream, the readable way; what was compiled is kept, for the direct one too."""
     aligned = 1
     for at in kernel.aligned:
         pointer = pointers[at]

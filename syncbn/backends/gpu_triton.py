@@ -25,7 +25,12 @@ def direct_launch(compiled: Any, grid: int, fixed: tuple[Any, ...]) -> Launch:
     """`compiled[grid, 1, 1]` on a stream, for addresses as integers; whoever hooked into launches is not told."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     needs_scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
-    unusual = needs_scratch or run.launch_pdl or run.launch_cooperative_grid or getattr(run, "gsan_enabled", False)
+    unusual = (
+        needs_scratch
+        or getattr(run, "launch_pdl", True)
+        or run.launch_cooperative_grid
+        or getattr(run, "gsan_enabled", False)
+    )
     if unusual or not triton.__version__.startswith(KNOWN):
 
         def slowly(stream: int, *given: Any) -> None:

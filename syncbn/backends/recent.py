@@ -36,5 +36,8 @@ class Recent(Generic[V]):
     def clear(self) -> None:
         self._values.clear()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def __len__(self) -> int:
         return len(self._values)
