@@ -4,14 +4,19 @@
     python -m benchmarks.step --smoke --device cpu
 
 One process, autocast to bfloat16, 224² images, cross entropy, SGD with momentum; two batches are stepped through in
-turn. All models are alive together and take turns, except torch.compile's, which has a comparison of its own.
+turn. All models are alive together and take turns. Comparisons are
+
+    eager      as most train; a slow host may take longer to launch a step than the device to run it
+    graph      whole steps as CUDA graphs, which is what the device takes
+    compiled   torch.compile of the model with nn.BatchNorm beside it; only with --compiled
+
+and models
 
     nn.BatchNorm             torch's layer, then torch's add and relu
     nn.SyncBatchNorm.forced  its synchronized path under NCCL, though it has no peer; then add and relu
     syncbn                   ours as a drop-in, then torch's add and relu
     syncbn.fused             ours with add and relu in the layer
     syncbn.fused.forced      the same with all collectives issued under NCCL
-    compiled                 torch.compile of the model with nn.BatchNorm; only with --compiled
 
 Before timing, logits and the first convolution's gradient of a float32 step are held to a float64 model's; a model
 that is wrong or fails is reported and left out, and the script fails in the end.
@@ -54,7 +59,12 @@ COLUMNS = (
     *("comparison", "model", "batch", "image", "layout", "dtype", "variant", "ms", "ms_p20", "ms_p80", "reps"),
     *("over_bn", "peak_megabytes", "launches", "host_syncs", "error"),
 )
-SETTINGS = ((32, "channels_last"), (8, "channels_last"), (2, "channels_last"), (32, "contiguous"))
+SETTINGS = (
+    *((32, "channels_last", "eager"), (32, "channels_last", "graph")),
+    *((8, "channels_last", "graph"), (8, "channels_last", "eager"), (32, "contiguous", "graph")),
+    *((2, "channels_last", "graph"), (2, "channels_last", "eager"), (32, "contiguous", "eager")),
+)
+"""(batch, layout, comparison)"""
 LOGITS, GRADIENT = 1e-3, 5e-2
 """Relative errors allowed to a float32 step after 53 layers; the gradient has come back through all of them."""
 LAUNCHES = (
@@ -70,7 +80,7 @@ PATIENCE = 90
 """Seconds for a setting, the checks before the first and the profiles after each included."""
 
 RESOURCES = {"peak_megabytes": "", "launches": "", "host_syncs": ""}
-"""Of a step on a GPU; filled in after the times are written, since a profiler may fail or take long."""
+"""Of an eager step on a GPU; filled in after the times are written, since a profiler may fail or take long."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -100,14 +110,15 @@ class Setting(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, reps=10)
-    parser.add_argument("--compiled", action="store_true", help="a comparison with torch.compile, at the end")
+    parser.add_argument("--compiled", action="store_true", help="a comparison with torch.compile, at the end (GPU)")
     args = parsed(parser, argv, "step")
     device = torch.device(args.device)
-    settings = [Setting(batch, 224, layout, False, device) for batch, layout in SETTINGS]
+    settings = [Setting(batch, 224, layout, False, device, comparison) for batch, layout, comparison in SETTINGS]
     if args.smoke:
         args.reps = min(args.reps, 2)
         torch.set_num_threads(1)
-        settings = [Setting(4, 32, "channels_last", True, device)]
+        settings = [Setting(4, 32, "channels_last", True, device, comparison) for comparison in ("eager", "graph")]
+    settings = [setting for setting in settings if device.type == "cuda" or setting.comparison == "eager"]
     if args.compiled:
         settings.append(settings[0]._replace(comparison="compiled"))
     results = Results(results_path(args, "step"), COLUMNS, args.append)
@@ -167,16 +178,19 @@ def compare(setting: Setting, budget: Budget, args: argparse.Namespace, results:
         return {"": device_timing.timer(steps[name], batches, setting.device, graph)}
 
     makers = {name: partial(maker, name) for name in names}
-    running = device_timing.samplers(makers, False, str(setting), setting.device)
+    is_graph = setting.comparison == "graph"
+    device_timing.forget_captures(setting.device)
+    running = device_timing.samplers(makers, is_graph, str(setting), setting.device)
     summaries = {name: summarize(seconds) for (name, _), seconds in interleave(running.calls, args.reps, 1).items()}
     shared = {**environment(args.machine, setting.device), "comparison": setting.comparison, "dtype": "bfloat16"}
     shared |= {"model": "smoke" if setting.small else "resnet50", "batch": setting.batch, "image": setting.image}
     rows = {}
     for name, summary in summaries.items():
         row = {**shared, **RESOURCES, "layout": setting.layout, "variant": name, **timing_columns(summary)}
+        row["comparison"] += running.marks[name]
         row |= {"over_bn": ratio(summary, summaries.get("nn.BatchNorm")), "error": errors.get(name, "")}
         rows[name] = results.add(row)
-    if setting.device.type == "cuda":
+    if setting.device.type == "cuda" and not is_graph:
         refused += add_resources(
             rows, {name: partial(steps[name], batches[0]) for name in rows}, setting, budget, results
         )
@@ -213,7 +227,8 @@ def make_step(name: str, setting: Setting) -> Callable[[Batch], None]:
     def step(batch: Batch) -> None:
         images, labels = batch
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(setting.device.type, torch.bfloat16):
+        # a graph must not meet a cast that was made outside of it; here every weight is cast once a step anyway
+        with torch.autocast(setting.device.type, torch.bfloat16, cache_enabled=False):
             loss = F.cross_entropy(called(images), labels)
         loss.backward()
         optimizer.step()

@@ -194,13 +194,13 @@ needs_stub = pytest.mark.skipif(bool(stub_device.why_not()), reason="without a G
 
 @needs_stub
 def test_everything_runs_without_a_gpu(smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """On tiny shapes every part is clean, and the summary, twenty lines at most, is the last that is said."""
+    """On tiny shapes every part is clean, and the summary, two dozen lines at most, is the last that is said."""
     done, out = smoke
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not clean: none" in done.stdout
     assert "made 18 calls of all verbs, 0 wrong" in done.stdout or "no compute-sanitizer" not in done.stdout
     summary = done.stdout[done.stdout.index("\ngoals: ") :].strip().splitlines()
-    assert len(summary) <= 20
+    assert len(summary) <= 24
     assert sorted(path.name for path in out.iterdir()) == sorted(["log.txt", *(f"{name}-here.csv" for name in WRITTEN)])
     assert (out / "log.txt").read_text() == done.stdout
 
