@@ -206,7 +206,9 @@ def summary(folder: Path) -> list[str]:
     lines = [line(goal, verdict) for goal, verdict in verdicts]
     counts = [sum(each.lstrip().startswith(found) for each in lines) for found in ("met", "missed", "not measured")]
     uncaptured = sum(
-        "uncaptured" in f"{row.get('cache')} {row.get('mode')} {row.get('comparison')}" for f in files.values() for row in f.values()
+        "uncaptured" in f"{row.get('cache')} {row.get('mode')} {row.get('comparison')}"
+        for f in files.values()
+        for row in f.values()
     )
     rows = ", ".join(f"{script} {len(found)}" for script, found in files.items())
     head = "goals: {} met, {} missed, {} not measured".format(*counts)
