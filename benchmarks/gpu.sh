@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts: each has its seconds, and what fails or hangs in one costs the others nothing.
 #   bash benchmarks/gpu.sh first              # is it right, how fast is it: at most 460 s
-#   bash benchmarks/gpu.sh second             # sanitizers, profiler, torch.compile: at most 200 s
+#   bash benchmarks/gpu.sh second             # sanitizers, profiler, torch.compile: at most 260 s
 #   bash benchmarks/gpu.sh kernels:60 layer   # these parts alone, one of them with other seconds
 # Without a name, first and second. It uses this machine's python3 as it is, and
-#   OUT=out       the folder of the results; what is there is added to. At most seven files: log.txt, ncu.txt and
-#                 kernels-, layer-, host-, step- and compile-<machine>.csv
+#   OUT=out       the folder of the results; what is there is added to. At most eight files: log.txt, ncu.txt and
+#                 kernels-, layer-, host-, step-, compile- and parts-<machine>.csv, the last with each part's exit status
 #   TOTAL=400     seconds for all parts: what does not fit any more is shortened, then skipped
 #   MACHINE=h100  the machine's name in rows and file names; COMMIT=<hash> where there is no repository
 #   TESTS=tests   what pytest is given; PYTHON; DEVICE=cuda; SMOKE=1 for tiny shapes and four times the seconds
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONUTF8=1
 declare -A lists=(
     [first]="versions:5 precompile:35 smoke:25 kernels:105 layer:105 host:15 step:70 tests:100"
-    [second]="memcheck:80 racecheck:50 ncu:40 compile:30"
+    [second]="memcheck:80 racecheck:50 ncu:40 compile:90"
 )
 first_tests="bits_repeat or graph_replay or streams_do_not or (dtypes_and_layouts and dtype1 and (64 or 512 or 33))"
 versions='import shutil, sys; from importlib import metadata
@@ -116,12 +116,17 @@ run() { # run <part> <seconds>; in its command {budget} is them less 15 s, {half
     timeout --kill-after=5 "$seconds" "${command[@]}" </dev/null
     status=$?
     echo "=== $name: exit status $status after $((SECONDS - begin)) s"
-    [ "$status" -eq 0 ] || failed+=("$name")
+    [[ $name$unwatched != *check1 ]] || name=unwatched
+    echo "$(date +%F),$commit,$machine,$name,$((SECONDS - begin)),$status" >>"$parts_csv"
+    [ "$status" -eq 0 ] || failed+=("$1")
 }
 
 slug='import torch; from benchmarks.harness import machine_slug; print(machine_slug(torch.device("'$device'")))'
 machine=${MACHINE:-$(timeout 60 "$python" -c "$slug" || echo unknown)}
-echo "=== ${parts[*]} on $machine, commit ${COMMIT:-$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)}"
+commit=${COMMIT:-$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)}
+echo "=== ${parts[*]} on $machine, commit $commit"
+parts_csv=$out/parts-$machine.csv
+[ -e "$parts_csv" ] || echo date,commit,machine,part,seconds,status >"$parts_csv"
 for part in "${parts[@]}"; do run "${part%:*}" "${part#*:}"; done
 rm -f "$out"/*.new
 echo "=== all parts after $((SECONDS - started)) s; not clean: ${failed[*]:-none}"

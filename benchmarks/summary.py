@@ -23,6 +23,7 @@ KEYS = {
     "host": ("shape", "layout", "dtype", "driver", "pass"),
     "step": ("comparison", "model", "batch", "image", "layout", "dtype"),
     "compile": ("model", "batch", "image", "layout", "dtype", "mode"),
+    "parts": ("part",),
 }
 """The columns that tell one comparison of a script from another."""
 
@@ -109,6 +110,7 @@ PLANES = {"layout": "contiguous", "dtype": "bfloat16", "cache": "cold", "variant
 STEP = {"model": "resnet50", "batch": "32", "layout": "channels_last"}
 FORCED = ("syncbn.forced", "nn.SyncBatchNorm.forced", {})
 ALONE = ("syncbn", "nn.BatchNorm")
+WATCHED = ("tests", "memcheck", "racecheck")
 
 GOALS = [
     *(_verb(verb, 0.90) for verb in ("batch_sums", "normalize")),
@@ -145,6 +147,12 @@ GOALS = [
         "host syncs a step",
         *("step", 0, {"comparison": "eager"}, value_of("host_syncs")),
         lambda row: row["variant"].startswith("syncbn"),
+        is_least=False,
+    ),
+    Goal(
+        "exit status of GPU tests, memcheck, racecheck",
+        *("parts", 0, {}, value_of("status")),
+        lambda row: row["part"] in WATCHED,
         is_least=False,
     ),
 ]

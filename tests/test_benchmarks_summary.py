@@ -108,6 +108,19 @@ def test_what_is_to_be_small_is_held_to_its_most(tmp_path: Path) -> None:
     assert "(1 of 2; worst: resnet50 8 224 channels_last )" in found(tmp_path, "host syncs")
 
 
+def test_what_is_to_be_clean_is_held_to_it(tmp_path: Path) -> None:
+    """The exit statuses of the GPU tests and the sanitizers count, the last of each, and no other part's."""
+    path = tmp_path / "parts-here.csv"
+    path.write_text("date,commit,machine,part,seconds,status\n2026-11-27,abc,here,host,12,124\n")
+    assert found(tmp_path, "exit status").startswith("not measured")
+    path.write_text(path.read_text() + "".join(f"2026-11-27,abc,here,{part},9,0\n" for part in summary.WATCHED))
+    assert found(tmp_path, "exit status").startswith("met 0 ≤ 0")
+    path.write_text(path.read_text() + "2026-11-27,abc,here,racecheck,9,9\n")
+    assert found(tmp_path, "exit status") == (
+        "missed 9 ≤ 0 exit status of GPU tests, memcheck, racecheck (2 of 3; worst: racecheck)"
+    )
+
+
 def test_it_is_short_and_counts(tmp_path: Path) -> None:
     """With no file at all, and with one, it is at most two dozen lines, of which the first counts the others."""
     lines = summary.summary(tmp_path)

@@ -108,9 +108,9 @@ def test_the_compiled_figures_are_those_of_the_rows() -> None:
             assert words.format(min(ratios), max(ratios)) in README
 
 
-def of_an_h100(script: str, **chosen: str) -> list[dict[str, str]]:
+def of_an_h200(script: str, **chosen: str) -> list[dict[str, str]]:
     """The committed rows with these values."""
-    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{script}-h100.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{script}-h200.csv").read_text().splitlines()))
     return [row for row in rows if chosen.items() <= row.items()]
 
 
@@ -128,25 +128,27 @@ def said(words: str, values: list[float]) -> str:
 
 def test_the_gpu_figures_of_a_layer_are_those_of_the_rows() -> None:
     """So are the extremes of a layer on a GPU, by what it is compared with, and the host's time for a small one."""
-    bf16 = of_an_h100("layer", dtype="bfloat16", **{"pass": "both"})
-    rows = [row for row in bf16 if row["layout"] == "channels_last"]
-    graphs, eager = ([row for row in rows if row["mode"] == mode] for mode in ("graph", "eager"))
-    alone = over(graphs, "syncbn", "nn.BatchNorm")
-    assert said("takes {:.2f} to {:.2f} times as long as `nn.BatchNorm` on the ", alone) + f"{len(alone)} i" in README
+    bf16 = of_an_h200("layer", dtype="bfloat16", **{"pass": "both"})
+    graphs, eager = ([row for row in bf16 if row["mode"] == mode] for mode in ("graph", "eager"))
+    last, planes = ([row for row in graphs if row["layout"] == layout] for layout in ("channels_last", "contiguous"))
+    alone, alone_planes = (over(rows, "syncbn", "nn.BatchNorm") for rows in (last, planes))
+    assert said("takes {:.2f} to {:.2f} times as long as `nn.BatchNorm` on ", alone) + f"{len(alone)} i" in README
+    assert len(alone_planes) == len(alone)
+    assert said("and {:.2f} to {:.2f} times on as many contiguous ones", alone_planes) in README
     forced = over(graphs, "syncbn.forced", "nn.SyncBatchNorm.forced")
     assert said("takes {:.2f} to {:.2f} times as long as `nn.SyncBatchNorm` with", forced) in README
     large = [
         row for row in bf16 if row["mode"] == "graph" and row["op"] == "bn" and summary.megabytes(row) >= summary.LARGE
     ]
     assert said("take {:.2f} to {:.2f} times as long as two copies of them", over(large, "syncbn", "copy")) in README
-    assert said("takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in README
-    host = {row["variant"]: float(row["us"]) for row in of_an_h100("host", shape="2x64x8x8", **{"pass": "both"})}
+    assert said("the layer takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in README
+    host = {row["variant"]: float(row["us"]) for row in of_an_h200("host", shape="2x64x8x8", **{"pass": "both"})}
     assert f"{host['syncbn']:.0f} µs of the host's time where that takes {host['nn.BatchNorm']:.0f}" in README
 
 
 def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
     """So are the kernels' speeds over a copy's."""
-    rows = of_an_h100("kernels", dtype="bfloat16", variant="syncbn", epilogue="none")
+    rows = of_an_h200("kernels", dtype="bfloat16", variant="syncbn", epilogue="none")
     for words, rows_of in (
         ("{:.2f} to {:.2f} of a copy's speed at 64 MB", [row for row in rows if summary.megabytes(row) >= 64]),
         ("{:.2f} to {:.2f} at 3 MB", [row for row in rows if summary.megabytes(row) <= summary.SMALL]),
@@ -155,15 +157,43 @@ def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
 
 
 def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
-    """So are those of a ResNet-50 step, and how often the host waits in it."""
-    step = {row["variant"]: row for row in of_an_h100("step", batch="32")}
-    ratios = {name: f"{float(row['over_bn']):.2f} times" for name, row in step.items()}
-    assert f"takes {ratios['syncbn']} as long" in README
-    assert f"and {ratios['syncbn.fused']} with addition" in README
-    assert f"takes {ratios['syncbn.fused.forced']} as long" in README
-    assert f"`nn.SyncBatchNorm` {ratios['nn.SyncBatchNorm.forced']}" in README
-    assert {row["host_syncs"] for name, row in step.items() if name.startswith("syncbn")} == {"0"}
-    assert f"that one {step['nn.SyncBatchNorm.forced']['host_syncs']} times" in README
+    """So are those of a ResNet-50 step, as a graph and eager, and how often the host waits in it."""
+    chosen = {"batch": "32", "layout": "channels_last"}
+    eager, graph = (
+        {row["variant"]: row for row in of_an_h200("step", comparison=name, **chosen)} for name in ("eager", "graph")
+    )
+    for step, drop_in, fused, collectives, torchs in (
+        (
+            graph,
+            "graph, takes {} as long",
+            "and {} with addition and ReLU in the layer, also",
+            "",
+            "it takes {} as long",
+        ),
+        (
+            eager,
+            "step takes {} as long",
+            "and {} with addition",
+            "collectives it takes {} as long",
+            "and with those of {}",
+        ),
+    ):
+        ratios = {name: f"{float(row['over_bn']):.2f} times" for name, row in step.items()}
+        assert drop_in.format(ratios["syncbn"]) in README
+        assert fused.format(ratios["syncbn.fused"]) in README
+        assert torchs.format(ratios["nn.SyncBatchNorm.forced"]).replace("of ", "of `nn.SyncBatchNorm` ") in README
+        assert collectives.format(ratios["syncbn.fused.forced"]) in README
+    assert f"{float(graph['syncbn.fused.forced']['over_bn']):.2f}" == f"{float(graph['syncbn.fused']['over_bn']):.2f}"
+    assert {row["host_syncs"] for name, row in eager.items() if name.startswith("syncbn")} == {"0"}
+    assert f"that one {eager['nn.SyncBatchNorm.forced']['host_syncs']} times" in README
+
+
+def test_the_gpu_tests_and_sanitizers_were_clean() -> None:
+    """What README says of them is what their rows say, and they are of the same commit as the times."""
+    parts = {row["part"]: row for row in of_an_h200("parts")}
+    assert {parts[name]["status"] for name in summary.WATCHED} == {"0"}
+    commits = {row["commit"] for script in ("parts", "layer", "kernels", "host", "step") for row in of_an_h200(script)}
+    assert len(commits) == 1
 
 
 def test_the_machine_code_table_is_that_of_the_rows() -> None:
@@ -179,7 +209,7 @@ def test_the_machine_code_table_is_that_of_the_rows() -> None:
             before, after = states["before"], states["after"]
             cells = [f"{before[column]} → {after[column]}" for column in (*columns, "bytes_last_program_reads")]
             wanted = {"verb": verb, "layout": layout, "dtype": "bfloat16", "variant": "syncbn", "cache": "cold"}
-            (timed,) = of_an_h100("kernels", **wanted, **chosen)
+            (timed,) = of_an_h200("kernels", **wanted, **chosen)
             assert f"| {verb}, {name} | {' | '.join(cells)} | {1 / float(timed['over_copy']):.2f} |" in page
 
 

@@ -6,6 +6,9 @@ Tensors (N, C, *S) are addressed as (outer, columns, inner) by strides; see gpu_
 splits of tiles. Sums over a program's tiles are kept per lane in float32 (float64 for float64) and leave it as
 float64; the last program of a group, or of a team and then of the teams, adds the programs' partials in an order that
 does not depend on which came when, so bits repeat.
+
+Loops are pipelined by Triton, through shared memory. Tiles kept in registers instead need neither barriers nor as many
+instructions, and made the verbs 0 to 10 % slower on an H200 (means of 12 inputs of 3 to 69 MB, 6 with an epilogue).
 """
 
 import triton
