@@ -106,6 +106,15 @@ def test_the_last_program_has_little_to_add_up(shape: tuple[int, ...], rows: boo
     assert at_once * 2 * sums.block_k * 8 <= 72 * 1024
 
 
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 48, 64, 96, 128, 144, 256, 2048])
+def test_long_rows_are_read_in_long_runs(channels: int, verb: str) -> None:
+    """Of rows of many bytes in all, a tile takes 64 bytes of each or the whole row; of fewer, at least 32."""
+    for elements, run in ((1 << 25, 64), (1 << 21, 32)):
+        cut = plan((elements // channels, channels), True, verb=verb)
+        assert min(cut.tile.group, channels) * 2 >= min(run, 2 * channels)
+
+
 @pytest.mark.parametrize(
     ("shape", "rows", "vector"),
     [
