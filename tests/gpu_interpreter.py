@@ -154,22 +154,26 @@ def _version(package: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def device_of(sms: int) -> Iterator[None]:
-    """Plans as for a device with that many SMs: few make a program's run of tiles long, many make it one tile."""
-    from syncbn.backends import gpu, gpu_launch
+def device_of(sms: int, long_rows: bool = False) -> Iterator[None]:
+    """Plans as for a device with that many SMs: few make a program's run of tiles long, many make it one tile.
+
+    long_rows: rows of any size are cut as those of tens of megabytes are.
+    """
+    from syncbn.backends import gpu, gpu_efforts, gpu_launch
     from syncbn.backends.recent import Recent
 
-    before = gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans
+    before = gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans, gpu_efforts.LONG
     gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = sms, Recent(gpu_launch.MOST_PLANS)
+    gpu_efforts.LONG = 0 if long_rows else gpu_efforts.LONG
     try:
         yield
     finally:
-        gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans = before
+        gpu_launch.SMS_WITHOUT_DEVICE, gpu._plans, gpu_efforts.LONG = before
 
 
-def check_ranks(case: Case, sms: int, steps: int = 1) -> None:
+def check_ranks(case: Case, sms: int, steps: int = 1, long_rows: bool = False) -> None:
     """The exchange of all ranks in this process, held to the oracle."""
-    with device_of(sms):
+    with device_of(sms, long_rows):
         calls = make_calls(case)
         outcomes = exchange(case, calls, steps)
     compare(case, outcomes, steps)

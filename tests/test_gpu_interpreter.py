@@ -60,6 +60,15 @@ def test_layouts(interpreter: Interpreter, shape: tuple[int, ...], layout: str, 
     interpreter.run(check_ranks, case, sms)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("channels", [24, 40, 48, 64, 144])
+def test_long_rows(interpreter: Interpreter, channels: int, masked: bool) -> None:
+    """The wider tiles of long rows, also where channels do not fill them, on two ranks of which one has more."""
+    shapes, last = ((2, channels, 13, 17), (3, channels, 11, 15)), "channels_last"
+    case = Case(shapes, layout=last, dy_layout=last, activation="relu", residual=True, masked=masked)
+    interpreter.run(check_ranks, case, FEW, 1, True)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("parameter_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
