@@ -3,7 +3,7 @@
 Cold means that a call finds its inputs in no cache: the calls of one repetition walk through copies of the inputs that
 together are four times the L2 cache, and keep their outputs. Hot means the same inputs again and again.
 A cold repetition begins with an L2 that holds nothing to be written: else it would pay for what the variant before it
-wrote last, which on an H200 made the one after the copy up to 10 % slower.
+wrote last, which on an H200 made the one after the copy up to 9 % slower.
 """
 
 import contextlib

@@ -3,6 +3,7 @@
 import csv
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,13 @@ def test_the_compiled_figures_are_those_of_the_rows() -> None:
             assert words.format(min(ratios), max(ratios)) in README
 
 
-def of_an_h200(script: str, **chosen: str) -> list[dict[str, str]]:
+def of_a(machine: str, script: str, **chosen: str) -> list[dict[str, str]]:
     """The committed rows with these values."""
-    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{script}-h200.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{script}-{machine}.csv").read_text().splitlines()))
     return [row for row in rows if chosen.items() <= row.items()]
+
+
+of_an_h200 = partial(of_a, "h200")
 
 
 def over(rows: list[dict[str, str]], mine: str, other: str) -> list[float]:
@@ -186,6 +190,9 @@ def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
     assert f"{float(graph['syncbn.fused.forced']['over_bn']):.2f}" == f"{float(graph['syncbn.fused']['over_bn']):.2f}"
     assert {row["host_syncs"] for name, row in eager.items() if name.startswith("syncbn")} == {"0"}
     assert f"that one {eager['nn.SyncBatchNorm.forced']['host_syncs']} times" in README
+    earlier = {row["variant"]: float(row["over_bn"]) for row in of_a("h100", "step", **chosen)}
+    ratios = [f"{earlier[name]:.2f}" for name in ("syncbn", "syncbn.fused", "syncbn.fused.forced")]
+    assert "took {}, {} and, with collectives, {} times".format(*ratios) in README
 
 
 def test_the_gpu_tests_and_sanitizers_were_clean() -> None:

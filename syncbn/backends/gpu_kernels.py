@@ -8,7 +8,7 @@ float64; the last program of a group, or of a team and then of the teams, adds t
 does not depend on which came when, so bits repeat.
 
 Loops are pipelined by Triton, through shared memory. Tiles kept in registers instead need neither barriers nor as many
-instructions, and made the verbs 0 to 10 % slower on an H200 (means of 12 inputs of 3 to 69 MB, 6 with an epilogue).
+instructions, and made the verbs 0 to 10 % slower on an H200 (means of 12 inputs of 3 to 69 MB; of 6 with addition).
 """
 
 import triton
