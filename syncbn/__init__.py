@@ -1,15 +1,19 @@
 """Synchronized batch normalization for PyTorch: exact on CPU and GPU, one collective each way."""
 
 from syncbn import functional
+from syncbn.classes import safe_globals
 from syncbn.comm import new_group
 from syncbn.convert import convert_sync_batchnorm, plain, register_converter, revert_sync_batchnorm
 from syncbn.freeze import freeze, unfreeze
-from syncbn.module import SyncBatchNorm
+from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncbn.report import conversion_report
 
 __version__ = "0.1.0"
 __all__ = [
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "conversion_report",
     "convert_sync_batchnorm",
     "freeze",
@@ -18,5 +22,6 @@ __all__ = [
     "plain",
     "register_converter",
     "revert_sync_batchnorm",
+    "safe_globals",
     "unfreeze",
 ]

@@ -31,8 +31,8 @@ class NormalizeBatch(torch.autograd.Function):
 
     One collective forward and, iff x needs a gradient, one backward; that must agree across ranks.
     x.grad is the gradient of the sum of the ranks' losses; the parameters' gradients are this rank's sums.
-    A recomputation takes the sums of the first pass and moves nothing. A backward that is to be differentiated in turn
-    is composed of operations which autograd can differentiate.
+    A recomputation takes the sums of the first pass and moves nothing. A backward that is to be differentiated in turn,
+    or mapped over, is composed of operations which autograd can differentiate and vmap can map.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ def gradients(
     dy = (
         dy if type(dy) is Tensor else dy.clone()
     ).resolve_neg()  # as kernels read it: it may be on its way, or negated
-    if torch.is_grad_enabled():  # create_graph=True
+    if torch.is_grad_enabled() or not torch._C._has_storage(dy):  # create_graph=True, or dy is a batch of them
         dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, comm.name_of(group), sums, needed)
         return dx, dweight, dbias, dresidual
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needed

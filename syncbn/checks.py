@@ -26,17 +26,14 @@ def check_call(
     residual: Tensor | None,
     activation: str | None,
     mask: Tensor | None,
-) -> Tensor | None:
-    """Every check of a call but those of its group; statistics are mean, variance, counter and momentum.
-
-    Returns the mask at its full shape.
-    """
+) -> None:
+    """Every check of a call but those of its group; statistics are mean, variance, counter and momentum."""
     check_input(x)
     check_channels(x, weight=weight, bias=bias, running_mean=statistics[0], running_var=statistics[1])
     check_running(x, *statistics)
     check_activation(activation)
     check_residual(x, residual)
-    return check_mask(x, mask)
+    check_mask(x, mask)
 
 
 def check_input(x: Tensor) -> None:
@@ -125,10 +122,10 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
     _check_device(x, "residual", residual)
 
 
-def check_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask at its full shape (N, *S); bool, True where a position counts."""
+def check_mask(x: Tensor, mask: Tensor | None) -> None:
+    """bool, broadcastable to (N, *S), on x's device."""
     if mask is None:
-        return None
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool Tensor, True where a position counts; got {got}. Use e.g. mask.bool().")
@@ -139,7 +136,6 @@ def check_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
             "Drop the channel dimension: all channels of a position count or none."
         )
     _check_device(x, "mask", mask)
-    return mask.expand(shape)
 
 
 def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
@@ -169,9 +165,9 @@ def check_mapped(x: Tensor, mask: Tensor | None, running_mean: Tensor | None) ->
         )
 
 
-def check_batch_size(x: Tensor, group: ProcessGroup | None) -> None:
-    """More than one value per channel, unless peers may have more."""
-    if group is None and x.numel() == x.shape[1]:
+def check_batch_size(x: Tensor) -> None:
+    """More than one value per channel, where no peer may have more."""
+    if x.numel() == x.shape[1]:
         raise ValueError(
             "Expected more than 1 value per channel when training: one value has no variance; "
             f"got input size {x.shape} and no other rank to share statistics with. "

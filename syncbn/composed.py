@@ -6,10 +6,13 @@ These are operations that a tracer takes down one by one and autograd differenti
 collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -17,16 +20,29 @@ from syncbn import comm, recompute
 from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
 
+_UNMAPPED = contextlib.nullcontext()
+
 
 def is_needed(x: Tensor) -> bool:
     """Whether x is traced, transformed by torch.func, in forward-mode AD, without storage or of another class."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
+        or (torch._C._are_functorch_transforms_active() and not _is_recomputed_for_map(x))
         or forward_ad._current_level >= 0
         or x.is_meta
+        or torch._C._is_tracing()
     )
+
+
+def _is_recomputed_for_map(x: Tensor) -> bool:
+    """Whether a backward that is mapped over recomputes this call, whose first pass nothing had transformed."""
+    return torch._C._current_graph_task_id() != -1 and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def unmapped() -> contextlib.AbstractContextManager[Any]:
+    """Within it, no transform of torch.func is in force, for a call that they do not concern."""
+    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else _UNMAPPED
 
 
 def normalize_batch(
@@ -62,16 +78,17 @@ def gradients(
     known: Tensor,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """dx, dweight, dbias, dresidual where needed, each differentiable in dy and everything that y depends on."""
-    given = (x, epilogue.weight, epilogue.bias, epilogue.residual)
-    # Aliases, each with a place of its own in the graph: one tensor may be given twice, and has a graph behind it.
-    alias = [None if t is None else t.view_as(t) for t in given]
-    assert alias[0] is not None, "x is always given"
-    weight, bias, residual = alias[1:]
-    aliased = epilogue._replace(weight=weight, bias=bias, residual=residual)
-    y = normalize_batch(alias[0], aliased, eps, group_name, None, known)
-    wanted = [t for t, need in zip(alias, needed, strict=True) if t is not None and need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    """dx, dweight, dbias, dresidual where needed; if autograd is on, differentiable in dy and all that y depends on."""
+    given, create_graph = (x, epilogue.weight, epilogue.bias, epilogue.residual), torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, each with a place of its own in the graph: one tensor may be given twice, and has a graph behind it.
+        alias = [None if t is None else t.view_as(t) for t in given]
+        assert alias[0] is not None, "x is always given"
+        weight, bias, residual = alias[1:]
+        aliased = epilogue._replace(weight=weight, bias=bias, residual=residual)
+        y = normalize_batch(alias[0], aliased, eps, group_name, None, known)
+        wanted = [t for t, need in zip(alias, needed, strict=True) if t is not None and need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
     found = [next(grads) if t is not None and need else None for t, need in zip(alias, needed, strict=True)]
     if needed[3] and epilogue.residual is None:  # not kept, since without an activation its gradient is dz = dy
         found[3] = masked(dy, epilogue.mask)
@@ -106,14 +123,15 @@ def _packed(sums: Tensor, count: Tensor) -> Tensor:
 def _pivot(x: Tensor, dims: list[int]) -> Tensor:
     """k (C) near the mean: that of an eighth of x, which is within 2.7 standard deviations of it whatever x holds."""
     few = x[::8] if x.ndim == 2 else x[:, :, : (x.shape[2] + 7) // 8]
-    return few.sum(dims, dtype=torch.float32) / max(1, few.numel() // few.shape[1])
+    count = few.numel() // few.shape[1]  # a tensor to torch.jit.trace
+    return few.sum(dims, dtype=torch.float32) / (count.clamp_min(1) if isinstance(count, Tensor) else max(1, count))
 
 
 def _sums_of_all(sums: Tensor, group_name: str | None, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
         return sums if group_name is None else _all_sum(sums, group_name, 1, known), None
-    site = recompute.graph_site()
+    site = recompute.graph_site() if torch.compiler.is_compiling() else ""
     if site:
         packed = torch.ops.syncbn.all_sum(sums, group_name, 1, None, site)
         return packed[:-1], packed[-1:].detach()
@@ -151,7 +169,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
-        dsums = dsums[..., : ctx.head]
+        dsums = dsums.narrow(-1, 0, ctx.head)
         if ctx.group_name is not None:
             dsums = _all_sum(dsums, ctx.group_name, 0)
         return F.pad(dsums, (0, ctx.tail)), None, None, None, None
@@ -167,8 +185,22 @@ class _AllSum(torch.autograd.Function):
 
 
 def _all_sum(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None = None, site: str = "") -> Tensor:
+    if torch._C._dispatch_keys(sums).has("Batched"):  # by is_grads_batched, whose map is older than torch.vmap's
+        return _below_maps(lambda sums: _all_sum(sums, group_name, tail, known, site), sums)
     summed: Tensor = _AllSum.apply(sums, group_name, tail, known, site)  # type: ignore[no-untyped-call]  # torch's own
     return summed
+
+
+def _below_maps(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """function(t) once for all of a batch, which may have a dimension more for each map, where it stands."""
+    sizes: list[int] = []
+    while not torch._C._has_storage(t):
+        t = torch._remove_batch_dim(t, len(sizes) + 1, 1, 0)  # of a level that does not map t, a dimension of size 1
+        sizes.append(t.shape[0])
+    t = function(t)
+    for level in range(len(sizes), 0, -1):
+        t = t[0] if sizes[level - 1] == 1 else torch._add_batch_dim(t, 0, level)
+    return t
 
 
 def _all_sum_once(sums: Tensor, group_name: str | None, site: str) -> Tensor:

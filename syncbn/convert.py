@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import comm, swap
-from syncbn.freeze import Frozen
+from syncbn import classes, comm, swap, watched
+from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +58,8 @@ def convert_sync_batchnorm(
         process_group: the ranks to synchronise over; None keeps the group of a layer that has one, and means the
             default group for the others.
         only: convert just some: a predicate (name, layer) -> bool, or name patterns such as "backbone.*".
-        on_unknown: "raise", or "skip" to leave layers alone whose own forward cannot be kept.
+        on_unknown: "raise", or "skip" to leave layers alone whose own forward cannot be kept, be it their class's or
+            set on the object.
 
     Converted: BatchNorm1d, 2d, 3d, their lazy forms (on first use), subclasses with the same forward, timm's
     BatchNormAct2d and SyncBatchNormAct, nn.SyncBatchNorm, and classes given to `register_converter`.
@@ -68,8 +69,8 @@ def convert_sync_batchnorm(
         module; only a registered converter can make it another object. `conversion_report` says what happened.
 
     Raises:
-        TypeError: for a batch norm with a forward of its own, or a module that is compiled, scripted or inside
-            DistributedDataParallel. Nothing has been changed then.
+        TypeError: for a batch norm with a forward of its own, its class's or set on the object as accelerate's hooks
+            do, or a module that is compiled, scripted or inside DistributedDataParallel. Nothing has been changed then.
 
     Call it alike on every rank, before wrapping the model in DistributedDataParallel.
     """
@@ -82,10 +83,10 @@ def convert_sync_batchnorm(
         if not isinstance(layer, _BatchNorm) and type(layer) not in _converters:
             continue
         reason = _why_not(layer) or (None if chosen(name, layer) else "not chosen by `only`")
-        if reason is None and type(layer) not in _converters and not swap.can_sync(swap.plain_type(layer)):
+        if reason is None and type(layer) not in _converters and (obstacle := _obstacle(name, layer)):
+            reason, text = obstacle
             if on_unknown == "raise":
-                raise TypeError(_unknown_text(name, layer))
-            reason = "its forward is its own"
+                raise TypeError(text)
         if reason is None:
             wanted.append(layer)
         else:
@@ -103,11 +104,12 @@ def revert_sync_batchnorm(module: M) -> M:
 
     Also takes the layers of torch, timm, apex, mmcv and detectron2 that are synchronized batch norms by name and
     structure, so that a published model runs on one device. A layer that was built synchronized has no ordinary class
-    and becomes a `swap.BatchNorm`, for inputs of any rank, with its fused activation.
+    and becomes a `classes.BatchNorm`, for inputs of any rank, with its fused activation.
     In eval the output keeps its bits. Afterwards nothing of module communicates.
 
     Raises:
-        TypeError: for a synchronized layer with a layout or forward of its own. Nothing has been changed then.
+        TypeError: for a synchronized layer with a layout or forward of its own, its class's or set on the object.
+            Nothing has been changed then.
     """
     return cast(M, _revert(module)[0])
 
@@ -117,6 +119,7 @@ def plain(module: M) -> Iterator[M]:
     """Within the block, module's synchronized layers are ordinary ones: to export or trace in the middle of training.
 
     The layers are swapped in place and swapped back, whatever happens inside; train() and eval() inside stay in force.
+    It refuses what `revert_sync_batchnorm` refuses.
     """
     before = [(layer, type(layer), dict(layer.__dict__)) for layer in module.modules()]
     root, replaced = _revert(module)
@@ -139,6 +142,22 @@ def _why_not(layer: nn.Module) -> str | None:
     return "synchronized already" if isinstance(layer, SyncBatchNorm) else None
 
 
+def _obstacle(name: str, layer: nn.Module) -> tuple[str, str] | None:
+    """Why a layer cannot be synchronized by its class: for the report, and as an error."""
+    skip = "leave such layers alone with on_unknown='skip'."
+    if (own := watched.own_call(layer)) and (rule := swap.why_not(layer)):
+        return f"its {own} was set on the object", f"{rule} Got {_described(name, layer)}. Or {skip}"
+    cls = swap.plain_type(layer)
+    if not classes.can_sync(cls):
+        return "its forward is its own", f"{_unknown_text(name, layer)}, or {skip}"
+    try:
+        classes.sync_class(cls)
+    except TypeError as error:  # of a metaclass, for example
+        rule = "A layer is swapped by a class that extends its own, which this class does not allow"
+        return "its class cannot be extended", f"{rule}; got {_described(name, layer)}: {error}. Or {skip}"
+    return None
+
+
 def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | None) -> nn.Module:
     """root with layer synchronized."""
     cls = type(layer)
@@ -146,7 +165,7 @@ def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | No
         new = _converters[cls].to_sync(layer, process_group)
         new.__dict__[_ORIGIN] = cls
         return swap.replace(root, layer, new)
-    swap.change_class(layer, swap.sync_class)
+    swap.change_class(layer, classes.sync_class)
     if process_group is not None:
         layer.__dict__["process_group"] = process_group
     return root
@@ -159,12 +178,12 @@ def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Modu
     for name, layer in module.named_modules():
         if _ORIGIN in layer.__dict__:
             if layer.__dict__[_ORIGIN] not in _converters:
-                raise TypeError(_unknown_text(name, layer))
+                raise TypeError(f"{_unknown_text(name, layer)}.")
             origins.append(layer)
         elif isinstance(layer, SyncBatchNorm) or swap.is_foreign_sync(layer):
             refusal = swap.why_not_plain(layer)
             if refusal is not None:
-                raise TypeError(f"{refusal} Got {type(layer).__qualname__} at {_shown(name)}.")
+                raise TypeError(f"{refusal} Got {type(layer).__qualname__} at {swap.shown(name)}.")
             layers.append(layer)
     root, replaced = module, []
     for old in origins:
@@ -191,10 +210,9 @@ def _chooser(only: Only) -> Callable[[str, nn.Module], bool]:
 def _unknown_text(name: str, layer: nn.Module) -> str:
     return (
         "A batch norm with a forward of its own cannot be swapped without losing what that forward does; got "
-        f"{type(layer).__module__}.{type(layer).__qualname__} at {_shown(name)}. Tell how with "
-        "syncbn.register_converter(cls, to_sync, to_plain), or leave such layers alone with on_unknown='skip'."
+        f"{_described(name, layer)}. Tell how with syncbn.register_converter(cls, to_sync, to_plain)"
     )
 
 
-def _shown(name: str) -> str:
-    return f"'{name}'" if name else "the root"
+def _described(name: str, layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__} at {swap.shown(name)}"

@@ -90,7 +90,10 @@ class NormalizeDirectly(torch.autograd.Function):
         fused = needs_dresidual and call.activation is not None
         launches = call.launches
         step = launches.both_inputs if fused else launches.inputs
-        dy_at, at, residual_at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr()
+        dy_at = (
+            dy.data_ptr() if torch._C._has_storage(dy) else 1
+        )  # a batch of them has none: as if it began at no vector
+        at, residual_at = x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
         is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == call.backward_kinds
         is_ready = is_alike and not dy.is_neg() and work is not None and launches.dsums.bind() and step.bind()

@@ -1,23 +1,14 @@
 """Freezing batch norm layers so that `.train()` does not thaw them."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.swap import change_class, derive
+from syncbn.classes import Frozen, derive
+from syncbn.swap import change_class, refuse_own_train
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class Frozen:
-    """Always in eval: running statistics, no collective; its children follow train()."""
-
-    def train(self, mode: bool = True) -> "Frozen":
-        self.training = False
-        for child in self.children():  # type: ignore[attr-defined]  # of the module behind
-            child.train(mode)
-        return self
 
 
 def freeze(module: M, *, train_affine: bool = False) -> M:
@@ -30,7 +21,8 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
         train_affine: leave weight and bias trainable; by default they stop requiring gradients.
 
     Raises:
-        ValueError: for a layer without running statistics. Nothing has been changed then.
+        ValueError: for a layer without running statistics.
+        TypeError: for a layer whose train was set on the object. Nothing has been changed then.
     """
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     for name, layer in layers:
@@ -39,6 +31,7 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
                 f"Only a layer with running statistics can be frozen; got track_running_stats=False at {name!r}. "
                 "Freeze a part of the model without it."
             )
+    refuse_own_train(layers)
     for _, layer in layers:
         if not isinstance(layer, Frozen):
             change_class(layer, lambda cls: derive(Frozen, cls))
@@ -52,11 +45,16 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
 
 
 def unfreeze(module: M) -> M:
-    """Undo `freeze`, in place: the class before, the mode of module, and gradients for what `freeze` took them from."""
-    for layer in module.modules():
-        if isinstance(layer, Frozen):
-            for name in layer.__dict__.pop("_frozen_parameters", []):
-                layer.get_parameter(name).requires_grad_(True)
-            change_class(layer, lambda cls: cls._under)  # type: ignore[attr-defined]  # derive() sets it
-            layer.train(module.training)
+    """Undo `freeze`, in place: the class before, the mode of module, and gradients for what `freeze` took them from.
+
+    Raises:
+        TypeError: for a layer whose train was set on the object. Nothing has been changed then.
+    """
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in module.named_modules() if isinstance(m, Frozen)]
+    refuse_own_train(layers)
+    for _, layer in layers:
+        for name in layer.__dict__.pop("_frozen_parameters", []):
+            layer.get_parameter(name).requires_grad_(True)
+        change_class(layer, lambda cls: cls._under)  # type: ignore[attr-defined]  # derive() sets it
+        layer.train(module.training)
     return module

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 from torch.nn import functional as F
 
-from syncbn import checks, comm, composed, direct
+from syncbn import checks, comm, composed, direct, symbolic
 from syncbn.autograd import NormalizeBatch, Options
 from syncbn.backends import Epilogue, Running
 from syncbn.backends.reference import activate_
@@ -66,6 +67,13 @@ def sync_batch_norm(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """
+    if isinstance(input, Proxy):
+        given = (running_mean, running_var, weight, bias, training, momentum, eps, process_group)
+        ours = {"residual": residual, "activation": activation, "mask": mask}
+        node: Tensor = symbolic.call_function(
+            sync_batch_norm, input, *given, **ours, num_batches_tracked=num_batches_tracked
+        )
+        return node
     group = checks.check_group(process_group) if training else None
     running = (running_mean, running_var, num_batches_tracked, momentum)
     return over_group(group, input, running, weight, bias, training, eps, residual, activation, mask)
@@ -91,12 +99,14 @@ def over_group(
         done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
         if done is not None:
             return done
-    mask = checks.check_call(x, statistics, weight, bias, residual, activation, mask)
+    given = (x, statistics, weight, bias, residual, activation, mask)
+    symbolic.untraced(checks.check_call, *given) if torch._C._is_tracing() else checks.check_call(*given)
+    mask = None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
     if running is not None and not training:
         return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
-    if mask is None:
-        checks.check_batch_size(x, group)
+    if mask is None and group is None:
+        symbolic.untraced(checks.check_batch_size, x) if torch._C._is_tracing() else checks.check_batch_size(x)
     epilogue = Epilogue(weight, bias, residual, mask, activation)
     if composed.is_needed(x) or (residual is not None and composed.is_needed(residual)):
         if not torch.compiler.is_compiling():
@@ -105,7 +115,8 @@ def over_group(
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
     epilogue = epilogue._replace(residual=residual)
     options = Options(eps, activation, group, running, torch.is_grad_enabled())
-    y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+    with composed.unmapped():
+        y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     if mask is None:
         direct.remember(x, epilogue, running)
     return y

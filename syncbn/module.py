@@ -5,15 +5,16 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import checks, comm
 from syncbn.functional import over_group
+from syncbn.symbolic import Leaf
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(Leaf, _BatchNorm):
     r"""Batch normalization over the batches of all ranks: ``activation(bn(input) + residual)``.
 
     .. math:: \mathrm{bn}(x) = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta
@@ -137,3 +138,24 @@ class SyncBatchNorm(_BatchNorm):
         if self.activation is not None:
             shown["activation"] = self.activation
         return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in shown.items())])
+
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """`SyncBatchNorm` for inputs (N, C) and (N, C, L), an instance of nn.BatchNorm1d: what conversion makes of one."""
+
+    _mixin, _under = SyncBatchNorm, nn.BatchNorm1d
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """`SyncBatchNorm` for inputs (N, C, H, W), an instance of nn.BatchNorm2d: what conversion makes of one."""
+
+    _mixin, _under = SyncBatchNorm, nn.BatchNorm2d
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """`SyncBatchNorm` for inputs (N, C, D, H, W), an instance of nn.BatchNorm3d: what conversion makes of one."""
+
+    _mixin, _under = SyncBatchNorm, nn.BatchNorm3d
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

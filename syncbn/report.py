@@ -7,9 +7,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncbn import comm, convert
-from syncbn.freeze import Frozen
+from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.swap import is_foreign_sync, plain_type
+from syncbn.watched import own_call
 
 
 class Row(NamedTuple):
@@ -53,12 +54,15 @@ def _row(name: str, layer: nn.Module) -> Row:
     cls = plain_type(layer)
     before, status, why, group = cls.__name__, "left alone", "", ""
     if isinstance(layer, SyncBatchNorm):
-        under = vars(cls).get("_under")
+        under = getattr(cls, "_under", None)
         before = under.__name__ if under else "SyncBatchNorm"
-        status = "converted" if under else "synchronized"
+        was_built = "activation" in vars(layer)  # the constructor gives it; conversion leaves it to the class
+        status = "synchronized" if was_built or not under else "converted"
         ranks = comm.ranks_of(layer.process_group)
         group = "default" if ranks is None else "ranks " + " ".join(map(str, ranks))
-        why = "frozen: uses its running statistics" if isinstance(layer, Frozen) else ""
+        own = own_call(layer)
+        why = f"its {own} was set on the object" if own else ""
+        why = "frozen: uses its running statistics" if isinstance(layer, Frozen) else why
     else:
         why = convert.reasons.get(layer) or _why(layer)
     channels = next((getattr(layer, k) for k in ("num_features", "num_channels") if hasattr(layer, k)), None)

@@ -14,8 +14,19 @@ from syncbn import backends
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "syncbn"
-LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "swap"]
-LEVELS += ["module", "functional", "checks", "direct", "autograd", "composed", "recompute", "comm", "backends"]
+LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "swap", "classes", "watched"]
+LEVELS += [
+    "module",
+    "functional",
+    "symbolic",
+    "checks",
+    "direct",
+    "autograd",
+    "composed",
+    "recompute",
+    "comm",
+    "backends",
+]
 """From top to bottom; a file imports from lower ones only."""
 
 

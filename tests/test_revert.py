@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import convert, swap
+from syncbn import classes, convert
 from tests.layers import SHAPES, Squared, Tagged, model
 
 
@@ -77,7 +77,7 @@ def test_torchs_sync_layers_are_taken_over() -> None:
     assert net[0].process_group is marker
     assert net[0].weight is weight
     syncbn.revert_sync_batchnorm(net)
-    assert type(net[0]) is swap.BatchNorm
+    assert type(net[0]) is classes.BatchNorm
     for shape in SHAPES.values():
         assert net(torch.randn(shape)).shape == shape
 
@@ -114,7 +114,7 @@ def test_other_libraries_sync_layers_are_reverted_by_structure() -> None:
     x = torch.randn(4, 3, 5, 5)
     net = nn.Sequential(NaiveSyncBatchNorm(3), foreign(True, False))
     syncbn.revert_sync_batchnorm(net)
-    assert [type(m) for m in net] == [swap.BatchNorm, swap.BatchNorm]
+    assert [type(m) for m in net] == [classes.BatchNorm, classes.BatchNorm]
     assert torch.equal(net[0].eval()(x), nn.BatchNorm2d(3).eval()(x))
     assert torch.equal(net[1].eval()(x), nn.BatchNorm2d(3).eval()(x).relu())
     with pytest.raises(TypeError, match="channel_last=False"):

@@ -1,0 +1,199 @@
+"""The classes of swapped layers: one of these before the class that a layer had, so that it still is one of that."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import watched
+from syncbn.backends import LEAKY_SLOPE
+from syncbn.functional import finish
+from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncbn.symbolic import Leaf
+
+
+class BatchNorm(Leaf, _BatchNorm):
+    """Ordinary batch norm for (N, C, *S) inputs of any rank: what a synchronized layer of unknown origin becomes.
+
+    It keeps the fused activation and takes the residual; a mask only in eval, where it changes no statistics.
+    """
+
+    activation: str | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.normalize(input, residual, mask, self.activation)
+
+    def normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+        """activation(bn(input) + residual)"""
+        if mask is not None and self.training:
+            raise ValueError(
+                "An ordinary batch norm cannot leave positions out of its statistics; got a mask in training. "
+                "Train with syncbn.SyncBatchNorm, which runs alone and on CPU too."
+            )
+        return finish(super().forward(input), residual, activation, mask)
+
+
+class WithDropAndAct:
+    """timm's normalization layers with an activation: act(drop(bn(x))), fused where there is nothing to drop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drop, act = (getattr(self, name, None) for name in ("drop", "act"))
+        fused = _fusible(drop, act)
+        y: Tensor = self.normalize(x, None, None, fused)  # type: ignore[attr-defined]  # of the norm behind
+        if fused is None:
+            y = y if drop is None else drop(y)
+            y = y if act is None else act(y)
+        return y
+
+
+class SyncBatchNormAct(WithDropAndAct, SyncBatchNorm):  # type: ignore[misc]  # timm's forward takes the input alone
+    """act(drop(bn(x))) with the statistics of all ranks."""
+
+
+class BatchNormAct(WithDropAndAct, BatchNorm):  # type: ignore[misc]  # the same
+    """act(drop(bn(x))) for inputs of any rank."""
+
+
+class Frozen:
+    """Always in eval: running statistics, no collective; its children follow train()."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        self.training = False
+        for child in self.children():  # type: ignore[attr-defined]  # of the module behind
+            child.train(mode)
+        return self
+
+
+_FUSED: dict[Any, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
+_BY_TORCH = {cls: (nn.Module.__call__, cls.forward, getattr(F, name)) for cls, name in _FUSED.items()}
+"""What a call of an activation runs, unless somebody has put another in its place."""
+
+
+def _fusible(drop: nn.Module | None, act: nn.Module | None) -> str | None:
+    """The name of act if it may run inside the layer: exactly that function, and nobody could notice."""
+    if torch.compiler.is_compiling():  # the compiler fuses it
+        return None
+    cls: Any = type(act)
+    if cls not in _FUSED or type(drop) not in (nn.Identity, type(None)):
+        return None
+    if cls is nn.LeakyReLU and act.negative_slope != LEAKY_SLOPE:  # type: ignore[union-attr]  # that is its class
+        return None
+    name = _FUSED[cls]
+    if (nn.Module.__call__, cls.forward, getattr(F, name)) != _BY_TORCH[cls]:
+        return None
+    return None if watched.is_any_watched() or watched.is_watched(act) or watched.is_watched(drop) else name
+
+
+class _Derived:
+    """Before the two classes that a derived one is made of, whose parts it says for `_mixin` and `_under`."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """The hook of the class behind is not told: this is no new kind of layer, and its keywords are not known."""
+        if "_under" not in vars(cls):
+            super().__init_subclass__(**keywords)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by recipe: the class is made at run time and cannot be looked up by name."""
+        mixins, cls = [], type(self)
+        while "_under" in vars(cls):
+            mixins.append(cls._mixin)  # type: ignore[attr-defined]
+            cls = cls._under  # type: ignore[attr-defined]
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # all have it from 3.11 on
+        return rebuild, (cls, *reversed(mixins)), state
+
+
+_NAMES = {SyncBatchNorm: "Sync", SyncBatchNormAct: "Sync", BatchNorm: "Activated", Frozen: "Frozen"}
+_BUILT: tuple[Any, ...] = (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
+_derived: dict[tuple[type, type], type] = {(SyncBatchNorm, cls._under): cls for cls in _BUILT}
+
+
+def derive(mixin: type, under: Any) -> type:
+    """A class that is `under` with `mixin`'s methods before its own; made once, so that it can be compared.
+
+    Tools tell by the module of a class what they know of it; a frozen layer is to them what it was.
+    """
+    if (mixin, under) not in _derived:
+        own: dict[str, Any] = {"__doc__": mixin.__doc__, "_mixin": mixin, "_under": under}
+        own |= {"__module__": under.__module__ if mixin is Frozen else __name__}
+        own |= {"_check_input_dim": under._check_input_dim, "reset_parameters": under.reset_parameters}
+        if getattr(under, "cls_to_become", None) is not None:  # a lazy layer, on first use
+            own["cls_to_become"] = derive(mixin, under.cls_to_become)
+        _derived[mixin, under] = type(_NAMES[mixin] + under.__name__, (_Derived, mixin, under), own)
+    return _derived[mixin, under]
+
+
+def rebuild(cls: Any, *mixins: type) -> Any:
+    """An empty object of the class that `derive` makes of these, for what was pickled."""
+    for mixin in mixins:
+        cls = derive(mixin, cls)
+    return cls.__new__(cls)
+
+
+def can_sync(cls: Any) -> bool:
+    """Whether a layer of this class does nothing but batch norm, or what WithDropAndAct does."""
+    if _is_timm_act(cls) or cls is nn.SyncBatchNorm:
+        return True
+    return issubclass(cls, _BatchNorm) and cls.forward in (_BatchNorm.forward, BatchNorm.forward, BatchNormAct.forward)
+
+
+def sync_class(cls: Any) -> type:
+    """The synchronized class for a class that can be; not a subclass of nn.SyncBatchNorm, which DDP refuses on CPU."""
+    if issubclass(cls, BatchNorm):
+        if hasattr(cls, "_under"):
+            return sync_class(cls._under)
+        return SyncBatchNormAct if issubclass(cls, BatchNormAct) else SyncBatchNorm
+    ours = SyncBatchNormAct if _is_timm_act(cls) else SyncBatchNorm
+    return ours if issubclass(cls, nn.SyncBatchNorm) else derive(ours, cls)
+
+
+def plain_class(cls: Any, activated: bool) -> type:
+    """The ordinary class for a synchronized one, with a place for an activation or without."""
+    if not (issubclass(cls, SyncBatchNorm) and hasattr(cls, "_under")):
+        return BatchNormAct if issubclass(cls, SyncBatchNormAct) or _is_timm_act(cls) else BatchNorm
+    if cls._mixin is Frozen:  # the layer behind changes
+        return derive(Frozen, plain_class(cls._under, activated))
+    under: type = cls._under
+    return derive(BatchNorm, under) if activated else under
+
+
+def forwards_owner(cls: type) -> type:
+    """The class that a layer of this class has its forward from."""
+    return next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
+
+
+def _is_timm_act(cls: type) -> bool:
+    """timm's BatchNormAct2d and SyncBatchNormAct, and subclasses with their forward."""
+    owner = forwards_owner(cls)
+    return owner.__module__.startswith("timm.") and owner.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+
+
+def safe_globals(*classes: type) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What ``torch.load(weights_only=True)`` has to be allowed of ours, to load a model that was saved whole.
+
+    It goes to ``torch.serialization.add_safe_globals``, or to the context manager ``safe_globals`` beside it, together
+    with the other classes of the model, which ``torch.serialization.get_unsafe_globals_in_checkpoint`` lists.
+    A state_dict needs none of it.
+
+    Args:
+        classes: batch norm classes that the model's layers were converted from and that are not torch's, such as a
+            subclass of nn.BatchNorm2d or timm's BatchNormAct2d; they are allowed, too.
+
+    Example::
+
+        >>> torch.serialization.add_safe_globals([*syncbn.safe_globals(), nn.Sequential, nn.Conv2d])
+        >>> model = torch.load("model.pt", weights_only=True)
+    """
+    ranks = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    lazy = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+    ordinary: list[Any] = [*ranks, *lazy, *classes]
+    made: list[Any] = [sync_class(cls) for cls in ordinary] + [derive(BatchNorm, cls) for cls in ranks]
+    thawed = {*ordinary, *made, SyncBatchNorm, SyncBatchNormAct, BatchNorm, BatchNormAct}
+    frozen = [derive(Frozen, cls) for cls in thawed]
+    # by a name each: classes of two libraries may be called alike
+    return [rebuild, Frozen, *thawed, *((cls, f"{cls.__name__} of {cls._under}") for cls in (*made, *frozen))]
