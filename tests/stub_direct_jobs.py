@@ -164,7 +164,11 @@ def backward_is_direct(what: str) -> bool:
     readable, gradients = [], direct.gradients
     direct.gradients = lambda *args: (readable.append(what), gradients(*args))[1]
     try:
-        torch.autograd.grad(y, x, dy)
+        if what == "a batch of dy":
+            torch.autograd.grad(y, x, torch.stack([dy, dy]), is_grads_batched=True, retain_graph=True)
+            torch.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(torch.stack([dy, dy]))
+        else:
+            torch.autograd.grad(y, x, dy)
     finally:
         direct.gradients = gradients
     return not readable

@@ -97,7 +97,7 @@ def test_what_is_unusual_goes_the_readable_way(device: TritonProcess, what: str,
     assert device.run(stub_direct_jobs.ways_of, what) == [False, True, then, at_once]
 
 
-@pytest.mark.parametrize("what", ["nothing", "weight", "bias", "x", "dy"])
+@pytest.mark.parametrize("what", ["nothing", "weight", "bias", "x", "dy", "a batch of dy"])
 def test_a_backward_sees_what_was_changed(device: TritonProcess, what: str) -> None:
     """A backward whose dy, x or parameters are of another kind than in forward goes the readable way."""
     assert device.run(stub_direct_jobs.backward_is_direct, what) == (what == "nothing")
