@@ -90,9 +90,7 @@ class NormalizeDirectly(torch.autograd.Function):
         fused = needs_dresidual and call.activation is not None
         launches = call.launches
         step = launches.both_inputs if fused else launches.inputs
-        dy_at = (
-            dy.data_ptr() if torch._C._has_storage(dy) else 1
-        )  # a batch of them has none: as if it began at no vector
+        dy_at = dy.data_ptr() if torch._C._has_storage(dy) else 1  # 1, no vector's address: a batch of them has none
         at, residual_at = x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
         is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == call.backward_kinds
