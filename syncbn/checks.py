@@ -4,7 +4,10 @@ All of it is decided before any collective, from shapes and dtypes, so that what
 raised on every rank, and a failed call has moved nothing.
 """
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +18,13 @@ from syncbn.backends import ACTIVATIONS
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DEFAULTS = {"eps": 1e-5, "momentum": 0.1}
 _REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def check_call(
     x: Tensor,
+    training: bool,
     statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
     weight: Tensor | None,
     bias: Tensor | None,
@@ -27,10 +32,10 @@ def check_call(
     activation: str | None,
     mask: Tensor | None,
 ) -> None:
-    """Every check of a call but those of its group; statistics are mean, variance, counter and momentum."""
+    """Every check of a call but those of its numbers and group; statistics are mean, variance, counter and momentum."""
     check_input(x)
     check_channels(x, weight=weight, bias=bias, running_mean=statistics[0], running_var=statistics[1])
-    check_running(x, *statistics)
+    check_running(x, training, *statistics)
     check_activation(activation)
     check_residual(x, residual)
     check_mask(x, mask)
@@ -74,16 +79,17 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
 
 def check_running(
     x: Tensor,
+    training: bool,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
 ) -> None:
-    """Both statistics or neither; momentum None needs the counter, an integer on x's device."""
+    """Both statistics or neither; in training, momentum None needs the counter, an integer on x's device."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"running_mean and running_var come together; got no {missing}. Pass both or neither.")
-    if running_mean is not None and momentum is None and num_batches_tracked is None:
+    if training and running_mean is not None and momentum is None and num_batches_tracked is None:
         raise ValueError(
             "momentum=None is the cumulative average and needs num_batches_tracked; got none. "
             "Pass num_batches_tracked=torch.tensor(0, device=input.device), or a momentum."
@@ -95,6 +101,27 @@ def check_running(
                 f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}. Use torch.tensor(0)."
             )
         _check_device(x, "num_batches_tracked", num_batches_tracked)
+
+
+def check_num_features(num_features: int) -> None:
+    """A positive integer."""
+    if isinstance(num_features, bool) or not hasattr(num_features, "__index__"):
+        raise TypeError(
+            f"num_features must be a positive integer; got {type(num_features).__name__}. Pass C of inputs (N, C, *S)."
+        )
+    if num_features <= 0:
+        raise ValueError(f"num_features must be a positive integer; got {num_features}. Pass C of inputs (N, C, *S).")
+
+
+def check_numbers(eps: float, momentum: float | None, of_batch: bool) -> tuple[float, float | None]:
+    """Both as floats: eps ≥ 0, and > 0 where the statistics are a batch's; momentum any finite number, or None."""
+    if type(eps) is float and 0 < eps < math.inf and type(momentum) is float and -math.inf < momentum < math.inf:
+        return eps, momentum
+    eps = _number("eps", eps)
+    if eps < 0 or (of_batch and eps == 0):
+        rule = "must be positive in training, where a channel may be constant" if eps == 0 else "cannot be negative"
+        raise ValueError(f"eps {rule}; got {eps}. Use e.g. eps=1e-5; eval with running statistics takes 0 too.")
+    return eps, None if momentum is None else _number("momentum", momentum)
 
 
 def check_activation(activation: str | None) -> None:
@@ -148,10 +175,12 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
         )
     try:
         return comm.peers(process_group)
-    except comm.NotAMember:
+    except comm.NotAMember as error:
+        group = "it" if error.is_sure else "the newest group without this rank"
         raise ValueError(
-            "This rank must belong to the process_group it synchronises over; it does not. "
-            "Give each rank the group that contains it: dist.new_group returns a usable group to its members only."
+            f"A rank must belong to the process_group it synchronises over; got rank {error.rank} outside of it: "
+            f"{group} has ranks {error.ranks}. Give each rank the group that contains it, as syncbn.new_group does; "
+            "dist.new_group returns a usable group to its members only."
         ) from None
 
 
@@ -173,6 +202,19 @@ def check_batch_size(x: Tensor) -> None:
             f"got input size {x.shape} and no other rank to share statistics with. "
             "Use a larger batch, call eval(), or drop the last incomplete batch (drop_last=True)."
         )
+
+
+def _number(name: str, value: Any) -> float:
+    """As torch takes one for a float: a real number, or a tensor of no dimensions."""
+    if isinstance(value, torch.SymFloat):  # of a graph that is being made, where it has no value yet
+        return value  # type: ignore[return-value]  # it stands for one
+    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())):
+        what = "a number or None" if name == "momentum" else "a number"
+        raise TypeError(f"{name} must be {what}; got {value!r}. Use e.g. {name}={DEFAULTS[name]}.")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite; got {number}. Use e.g. {name}={DEFAULTS[name]}.")
+    return number
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

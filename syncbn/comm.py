@@ -21,7 +21,13 @@ _made: dict[tuple[ProcessGroup, int], ProcessGroup] = {}
 
 
 class NotAMember(Exception):
-    """This rank does not belong to the process group it was asked to synchronise over."""
+    """This rank does not belong to the process group it was asked to synchronise over.
+
+    Where torch gave it no group but a sign that it is in none, ranks are those of the newest group made without it.
+    """
+
+    def __init__(self, rank: int, ranks: list[int], is_sure: bool) -> None:
+        self.rank, self.ranks, self.is_sure = rank, ranks, is_sure
 
 
 def peers(process_group: Group | None) -> ProcessGroup | None:
@@ -29,10 +35,13 @@ def peers(process_group: Group | None) -> ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     if isinstance(process_group, DeviceMesh):
+        if process_group.get_coordinate() is None:
+            raise NotAMember(dist.get_rank(), process_group.mesh.flatten().tolist(), is_sure=True)
         process_group = process_group.get_group()
     group = dist.group.WORLD if process_group is None else process_group
-    if group is None or dist.get_rank(group) < 0:
-        raise NotAMember
+    assert group is not None, "initialised"
+    if dist.get_rank(group) < 0:
+        raise NotAMember(dist.get_rank(), dist.get_process_group_ranks(group), is_sure=False)
     return group if dist.get_world_size(group) > 1 else None
 
 

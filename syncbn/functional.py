@@ -43,8 +43,9 @@ def sync_batch_norm(
             a global batch of one value does not move the variance.
         weight, bias: (C,) or None, for 1 and 0.
         training: use the batch's statistics.
-        momentum: weight of the new value; None for the cumulative average, which needs ``num_batches_tracked``.
-        eps: added to the variance.
+        momentum: weight of the new value, any finite number; None for the cumulative average, which needs
+            ``num_batches_tracked`` in training.
+        eps: added to the variance; finite, not negative, and not 0 where the statistics are a batch's.
         process_group: the ranks to synchronise over, a ProcessGroup (see `syncbn.new_group`) or a 1-d DeviceMesh;
             None is the default group, looked up at each call.
         residual: (N, C, \*S), added before the activation.
@@ -93,13 +94,15 @@ def over_group(
 ) -> Tensor:
     """`sync_batch_norm` with the peers that were found; statistics are its mean, variance, counter and momentum.
 
-    A call like an earlier one has been checked.
+    A call like an earlier one has been checked, but for its numbers.
     """
+    eps, momentum = checks.check_numbers(eps, statistics[3], training or statistics[0] is None)
+    statistics = (*statistics[:3], momentum)
     if training and mask is None and not composed.is_needed(x):
         done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
         if done is not None:
             return done
-    given = (x, statistics, weight, bias, residual, activation, mask)
+    given = (x, training, statistics, weight, bias, residual, activation, mask)
     symbolic.untraced(checks.check_call, *given) if torch._C._is_tracing() else checks.check_call(*given)
     mask = None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither

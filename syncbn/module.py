@@ -25,7 +25,7 @@ class SyncBatchNorm(Leaf, _BatchNorm):
 
     Args:
         num_features: C of an input (N, C, \*S).
-        eps: added to the variance.
+        eps: added to the variance; finite, not negative, and not 0 in training.
         momentum: weight of the newest batch in the running statistics; None for their cumulative average.
         affine: learn weight :math:`\gamma` and bias :math:`\beta`, (C,) each.
         track_running_stats: keep running_mean, running_var (C,) and num_batches_tracked; without them eval uses the
@@ -68,6 +68,8 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
+        checks.check_num_features(num_features)
+        checks.check_numbers(eps, momentum, of_batch=False)  # as given: a layer for eval may have an eps of 0
         checks.check_activation(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:  # not passed on: torch's base takes bias only from 2.13 on
