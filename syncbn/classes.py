@@ -91,7 +91,7 @@ def _fusible(drop: nn.Module | None, act: nn.Module | None) -> str | None:
 
 
 class _Derived:
-    """Before the two classes that a derived one is made of, whose parts it says for `_mixin` and `_under`."""
+    """Of every derived class, whose two parts are its `_mixin` and its `_under`."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """The hook of the class behind is not told: this is no new kind of layer, and its keywords are not known."""
@@ -124,7 +124,8 @@ def derive(mixin: type, under: Any) -> type:
         own |= {"_check_input_dim": under._check_input_dim, "reset_parameters": under.reset_parameters}
         if getattr(under, "cls_to_become", None) is not None:  # a lazy layer, on first use
             own["cls_to_become"] = derive(mixin, under.cls_to_become)
-        _derived[mixin, under] = type(_NAMES[mixin] + under.__name__, (_Derived, mixin, under), own)
+        bases = (mixin, under) if issubclass(under, _Derived) else (_Derived, mixin, under)
+        _derived[mixin, under] = type(_NAMES[mixin] + under.__name__, bases, own)
     return _derived[mixin, under]
 
 

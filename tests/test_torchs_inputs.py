@@ -46,7 +46,7 @@ def same(ours: list[Tensor | None], right: list[Tensor | None]) -> None:
         assert (mine is None) == (theirs is None)
         if mine is not None:
             assert mine.shape == theirs.shape
-            limit = EXACT * max(1.0, *theirs.abs().flatten().tolist())
+            limit = EXACT * max([1.0, *theirs.abs().flatten().tolist()])
             assert ((mine - theirs).abs() <= limit).all()
 
 
