@@ -198,8 +198,9 @@ def _below_maps(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         t = torch._remove_batch_dim(t, len(sizes) + 1, 1, 0)  # of a level that does not map t, a dimension of size 1
         sizes.append(t.shape[0])
     t = function(t)
-    for level in range(len(sizes), 0, -1):
-        t = t[0] if sizes[level - 1] == 1 else torch._add_batch_dim(t, 0, level)
+    for level, size in enumerate(sizes, start=1):
+        dim = len(sizes) - level
+        t = t.select(dim, 0) if size == 1 else torch._add_batch_dim(t, dim, level)
     return t
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._vmap_internals import _vmap
 from torch.autograd.functional import hessian, jacobian
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import backends
+from syncbn import backends, composed
 from tests.cases import let_torch_warn_of_itself
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives, RankPool
@@ -249,3 +250,26 @@ def test_in_float32(batched: Any, memory_format: torch.memory_format) -> None:
     one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
     for mine, theirs in zip(batched(y, leaves, dys), map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
         assert error(mine, theirs.double()) <= 2 * UNIT[torch.float32]
+
+
+def _maps_in_maps() -> None:
+    group = dist.group.WORLD.group_name
+    a, b = torch.arange(15.0).view(3, 5) + dist.get_rank(), torch.arange(20.0).view(4, 5)
+
+    def summed(t: Tensor) -> Tensor:
+        return composed._all_sum(t, group, 1)
+
+    def check(kind: Callable[[Tensor, Tensor], Tensor]) -> None:
+        right = torch.stack([torch.stack([summed(kind(u, v)) for v in b]) for u in a])
+        with Collectives() as collectives:
+            mapped = _vmap(lambda u: _vmap(lambda v: summed(kind(u, v)))(b))(a)
+        assert torch.equal(mapped, right)
+        assert collectives.count == 1
+
+    for kind in (torch.mul, lambda a, b: a, lambda a, b: b):
+        check(kind)
+
+
+def test_one_collective_for_maps_in_maps(ranks: RankPool) -> None:
+    """Under two of the maps that is_grads_batched uses, either of which may not concern it, a sum is one collective."""
+    ranks.run(2, _maps_in_maps)
