@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import syncbn
 from tests.ranks import RankPool
@@ -133,20 +134,43 @@ def test_a_counter_that_no_kernel_can_count_is_refused(
         syncbn.functional.sync_batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
 
 
-def _stranger() -> None:
-    group = dist.new_group([0])
+STRANGERS = {
+    "a group of others": (lambda: dist.new_group([0, 2]), "the newest group without this rank has ranks [0, 2]"),
+    "a mesh of others": (lambda: DeviceMesh("cpu", [0, 2]), "outside of it: it has ranks [0, 2]"),
+    "a row of a mesh": (
+        lambda: DeviceMesh("cpu", [[0, 2]], mesh_dim_names=("a", "b"))["b"],
+        "outside of it: it has ranks [0, 2]",
+    ),
+    "the second of two groups": (
+        lambda: [dist.new_group([1]), dist.new_group([0, 2])][1],
+        "the newest group without this rank has ranks [0, 2]",
+    ),
+}
+
+
+def _stranger(name: str) -> None:
+    make, text = STRANGERS[name]
+    group = make()
     layer = syncbn.SyncBatchNorm(3, process_group=group)
-    if dist.get_rank() == 0:
-        assert layer(torch.randn(X)).isfinite().all()
-    else:
-        with pytest.raises(ValueError, match="must belong to the process_group"):
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match=re.escape(f"got rank 1 {text}" if "outside" in text else text)) as raised:
             layer(torch.randn(X))
+        assert "got rank 1 outside of it" in str(raised.value)
+        with pytest.raises(ValueError, match="got rank 1 outside of it"):
+            syncbn.functional.sync_batch_norm(torch.randn(X), None, None, training=True, process_group=group)
         assert layer.num_batches_tracked == 0
+        layer.eval()(torch.randn(X))
+    else:
+        assert layer(torch.randn(X)).isfinite().all()
 
 
-def test_a_group_this_rank_is_not_in_is_refused(ranks: RankPool) -> None:
-    """A rank outside the group gets an error, the ranks inside their result."""
-    ranks.run(2, _stranger)
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_group_this_rank_is_not_in_is_refused(ranks: RankPool, name: str) -> None:
+    """A rank outside the group gets an error with its rank and the group's, the ranks inside their result.
+
+    Where torch says no more to a rank than that it is outside, the ranks are those of the newest such group.
+    """
+    ranks.run(3, _stranger, name)
 
 
 def _one_rank_is_wrong() -> torch.Tensor:
