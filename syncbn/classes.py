@@ -131,6 +131,8 @@ def derive(mixin: type, under: Any) -> type:
 
 def rebuild(cls: Any, *mixins: type) -> Any:
     """An empty object of the class that `derive` makes of these, for what was pickled."""
+    if not (isinstance(cls, type) and issubclass(cls, _BatchNorm) and _NAMES.keys() >= set(mixins)):
+        raise TypeError(f"A layer is made of a batch norm and classes of syncbn; got {cls} and {mixins}.")
     for mixin in mixins:
         cls = derive(mixin, cls)
     return cls.__new__(cls)
@@ -196,5 +198,5 @@ def safe_globals(*classes: type) -> list[Callable[..., Any] | tuple[Callable[...
     made: list[Any] = [sync_class(cls) for cls in ordinary] + [derive(BatchNorm, cls) for cls in ranks]
     thawed = {*ordinary, *made, SyncBatchNorm, SyncBatchNormAct, BatchNorm, BatchNormAct}
     frozen = [derive(Frozen, cls) for cls in thawed]
-    # by a name each: classes of two libraries may be called alike
-    return [rebuild, Frozen, *thawed, *((cls, f"{cls.__name__} of {cls._under}") for cls in (*made, *frozen))]
+    # each by a name of its own: classes of two libraries may be called alike
+    return [rebuild, Frozen, *thawed, *((cls, f"{cls.__name__} {id(cls)}") for cls in (*made, *frozen))]
