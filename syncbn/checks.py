@@ -212,7 +212,7 @@ def _number(name: str, value: Any) -> float:
         what = "a number or None" if name == "momentum" else "a number"
         raise TypeError(f"{name} must be {what}; got {value!r}. Use e.g. {name}={DEFAULTS[name]}.")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite; got {number}. Use e.g. {name}={DEFAULTS[name]}.")
     return number
 

@@ -140,9 +140,10 @@ def rebuild(cls: Any, *mixins: type) -> Any:
 
 def can_sync(cls: Any) -> bool:
     """Whether a layer of this class does nothing but batch norm, or what WithDropAndAct does."""
-    if _is_timm_act(cls) or cls is nn.SyncBatchNorm:
+    if _is_timm_act(cls):
         return True
-    return issubclass(cls, _BatchNorm) and cls.forward in (_BatchNorm.forward, BatchNorm.forward, BatchNormAct.forward)
+    ours = (nn.SyncBatchNorm,) if cls is nn.SyncBatchNorm else (_BatchNorm, BatchNorm, WithDropAndAct)
+    return issubclass(cls, _BatchNorm) and forwards_owner(cls) in ours and _is_forward_unpatched(cls)
 
 
 def sync_class(cls: Any) -> type:
@@ -173,7 +174,14 @@ def forwards_owner(cls: type) -> type:
 def _is_timm_act(cls: type) -> bool:
     """timm's BatchNormAct2d and SyncBatchNormAct, and subclasses with their forward."""
     owner = forwards_owner(cls)
-    return owner.__module__.startswith("timm.") and owner.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+    is_named = owner.__module__.startswith("timm.") and owner.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+    return is_named and _is_forward_unpatched(cls)
+
+
+def _is_forward_unpatched(cls: type) -> bool:
+    """Whether the forward was written where its class was, and not put there from elsewhere."""
+    owner = forwards_owner(cls)
+    return getattr(vars(owner)["forward"], "__globals__", {}).get("__name__") == owner.__module__
 
 
 def safe_globals(*classes: type) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

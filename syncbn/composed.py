@@ -31,7 +31,7 @@ def is_needed(x: Tensor) -> bool:
         or (torch._C._are_functorch_transforms_active() and not _is_recomputed_for_map(x))
         or forward_ad._current_level >= 0
         or x.is_meta
-        or torch._C._is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -129,7 +129,7 @@ def _pivot(x: Tensor, dims: list[int]) -> Tensor:
 
 def _sums_of_all(sums: Tensor, group_name: str | None, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
-    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
         return sums if group_name is None else _all_sum(sums, group_name, 1, known), None
     site = recompute.graph_site() if torch.compiler.is_compiling() else ""
     if site:

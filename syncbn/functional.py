@@ -103,13 +103,13 @@ def over_group(
         if done is not None:
             return done
     given = (x, training, statistics, weight, bias, residual, activation, mask)
-    symbolic.untraced(checks.check_call, *given) if torch._C._is_tracing() else checks.check_call(*given)
+    symbolic.untraced(checks.check_call, *given) if torch._C._get_tracing_state() else checks.check_call(*given)
     mask = None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
     if running is not None and not training:
         return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
     if mask is None and group is None:
-        symbolic.untraced(checks.check_batch_size, x) if torch._C._is_tracing() else checks.check_batch_size(x)
+        symbolic.untraced(checks.check_batch_size, x) if torch._C._get_tracing_state() else checks.check_batch_size(x)
     epilogue = Epilogue(weight, bias, residual, mask, activation)
     if composed.is_needed(x) or (residual is not None and composed.is_needed(residual)):
         if not torch.compiler.is_compiling():

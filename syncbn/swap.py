@@ -25,6 +25,7 @@ _STRUCTURE = ("eps", "momentum", "weight", "bias", "running_mean", "running_var"
 
 def change_class(layer: nn.Module, change: Callable[[type], type]) -> None:
     """layer.__class__ = change(its class); a parametrization stays on top, where torch expects to remove it."""
+    watched.forget_bound(layer)
     cls = type(layer)
     if not parametrize.is_parametrized(layer):
         layer.__class__ = change(cls)
@@ -68,7 +69,7 @@ def why_not(layer: nn.Module) -> str | None:
 def refuse_own_train(layers: Iterable[tuple[str, nn.Module]]) -> None:
     """TypeError for a layer whose train was set on the object: it decides the mode, whatever the class says."""
     for name, layer in layers:
-        if "train" in layer.__dict__:
+        if watched.is_own(layer, "train"):
             raise TypeError(
                 "A layer is frozen by its class, which a train that was set on the object hides; got "
                 f"{type(layer).__qualname__} at {shown(name)}. Remove it first: del layer.train."

@@ -10,8 +10,23 @@ OWN_CALL = frozenset({"forward", "__call__", "_call_impl", "_slow_forward", "nor
 
 
 def own_call(module: nn.Module) -> str | None:
-    """The first of these that was set on the object, as wrappers and patches do."""
-    return min(OWN_CALL.intersection(module.__dict__), default=None)
+    """The first of these that is the object's own."""
+    found = OWN_CALL.intersection(module.__dict__)
+    return min((name for name in found if is_own(module, name)), default=None) if found else None
+
+
+def is_own(module: nn.Module, name: str) -> bool:
+    """Whether this was set on the object, as wrappers and patches do, and is not but its class's."""
+    own = module.__dict__.get(name)
+    is_bound = own is not None and getattr(own, "__func__", None) is getattr(type(module), name, own)
+    return own is not None and not (is_bound and own.__self__ is module)
+
+
+def forget_bound(module: nn.Module) -> None:
+    """Remove from the object what is but its class's, as hooks leave it when they are taken off."""
+    for name in (*OWN_CALL, "train"):
+        if name in module.__dict__ and not is_own(module, name):
+            del module.__dict__[name]
 
 
 def is_watched(module: nn.Module | None) -> bool:
@@ -19,7 +34,7 @@ def is_watched(module: nn.Module | None) -> bool:
     if module is None:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or module._compiled_call_impl is not None or not OWN_CALL.isdisjoint(module.__dict__)
+    return bool(hooks) or module._compiled_call_impl is not None or own_call(module) is not None
 
 
 def is_any_watched() -> bool:

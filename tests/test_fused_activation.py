@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import syncbn
 from tests import fake_torchvision
+from tests.cases import compiled as compiled_whole
 from tests.oracle import UNIT, error
 
 pytestmark = [
@@ -243,3 +244,16 @@ def test_timms_own_synchronized_layer_may_lack_both() -> None:
     x = torch.randn(4, 3, 5, 5).double()
     right = nn.BatchNorm2d(3).double()(x)
     assert error(syncbn.convert_sync_batchnorm(bare)(x), right) <= UNIT[torch.float64]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.GELU])
+def test_a_compiler_sees_the_activation(act: type) -> None:
+    """Compiled, the layer is one graph with its activation, and trains to timm's numbers; exported in eval, too."""
+    theirs = timm_layer(act)
+    ours = syncbn.convert_sync_batchnorm(copy.deepcopy(theirs))
+    actual, right = (step(each, lambda *_: None)[1] for each in (compiled_whole(ours, "aot_eager"), theirs))
+    for mine, expected in zip(actual, right, strict=True):
+        assert error(mine, expected) <= UNIT[torch.float64]
+    x = torch.randn(4, 3, 5, 5).double()
+    program = torch.export.export(ours.eval(), (x,))
+    assert error(program.module()(x), theirs.eval()(x).detach()) <= UNIT[torch.float64]

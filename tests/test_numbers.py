@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import syncbn
 from syncbn.functional import sync_batch_norm
+from tests.cases import compiled
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives, RankPool
 
@@ -171,3 +172,15 @@ def test_a_cumulative_average_needs_no_counter_in_eval() -> None:
     assert torch.equal(sync_batch_norm(x, layer.running_mean, layer.running_var, momentum=None), right)
     with pytest.raises(ValueError, match="needs num_batches_tracked"):
         layer.train()(x)
+
+
+def test_numbers_may_change_between_compiled_calls() -> None:
+    """A compiled layer follows an eps and a momentum that change, whole numbers too, without a graph break."""
+    layer, eager = syncbn.SyncBatchNorm(3), nn.BatchNorm1d(3)
+    step = compiled(layer, "aot_eager")
+    for eps, momentum in [(1e-5, 0.1), (1e-5, 0.3), (1e-5, 1), (0.5, 0), (1, 0.7), (1e-3, 0.25)]:
+        for each in (layer, eager):
+            each.eps, each.momentum = eps, momentum
+        x = torch.randn(X)
+        assert error(step(x), eager(x).detach().double()) <= 2 * UNIT[torch.float32]
+        assert error(layer.running_var, eager.running_var.double()) <= 2 * UNIT[torch.float32]

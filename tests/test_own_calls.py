@@ -180,6 +180,64 @@ def test_a_check_and_a_train_of_its_own_are_kept(ranks: RankPool) -> None:
     ranks.run(2, _kept)
 
 
+class Patched:
+    """A forward that was put on a class from elsewhere, as a tool does that counts or traces."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls, self.forward = cls, cls.forward
+
+    def __enter__(self) -> None:
+        @functools.wraps(self.forward)
+        def forward(layer: nn.Module, *args: Any) -> Tensor:
+            return 2 * self.forward(layer, *args)
+
+        self.own = "forward" in vars(self.cls)
+        self.cls.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        if self.own:
+            self.cls.forward = self.forward
+        else:
+            del self.cls.forward
+
+
+@pytest.mark.parametrize("cls", [nn.modules.batchnorm._BatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm], ids=str)
+def test_a_forward_put_on_torchs_class_is_not_lost(cls: type) -> None:
+    """A patch of a whole class is refused like a forward of its own, on the class itself or a base."""
+    layer = nn.SyncBatchNorm(3) if cls is nn.SyncBatchNorm else nn.BatchNorm2d(3)
+    with Patched(cls):
+        assert_refused(syncbn.convert_sync_batchnorm, nested(layer), r"forward of its own.* at 'body\.")
+    assert isinstance(syncbn.convert_sync_batchnorm(layer), syncbn.SyncBatchNorm)
+
+
+def unhooked(layer: nn.Module) -> None:
+    """What accelerate.hooks.remove_hook_from_module leaves: the class's own forward, bound, on the object."""
+    hooked_as_by_accelerate(layer)
+    layer.forward = layer._old_forward
+    del layer._old_forward
+
+
+@pytest.mark.parametrize("leave", [unhooked, lambda layer: layer.__dict__.update(train=layer.train)])
+def test_what_a_hook_leaves_is_no_call_of_its_own(leave: Callable[[nn.Module], None]) -> None:
+    """The class's own method, bound to the object, hides nothing: layers convert, pause, freeze and revert."""
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    x = torch.randn(4, 3, 5, 5)
+    right = nn.BatchNorm2d(3)(x)
+    leave(net[0])
+    syncbn.convert_sync_batchnorm(net)
+    assert type(net(x).grad_fn).__name__.startswith("NormalizeBatch")
+    leave(net[0])
+    with syncbn.plain(net):
+        assert torch.equal(net(x), right)
+    assert type(net(x).grad_fn).__name__.startswith("NormalizeBatch")
+    syncbn.freeze(net).train()
+    assert not net[0].training
+    leave(net[0])
+    assert syncbn.unfreeze(net.train())[0].training
+    assert torch.equal(syncbn.revert_sync_batchnorm(net)(x), right)
+    assert type(net[0]) is nn.BatchNorm2d
+
+
 def test_a_registered_converter_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on an object of a registered class is the converter's business."""
     cls = type("Own", (nn.BatchNorm2d,), {"forward": lambda self, x: x})
