@@ -163,7 +163,7 @@ def plain_class(cls: Any, activated: bool) -> type:
     if cls._mixin is Frozen:  # the layer behind changes
         return derive(Frozen, plain_class(cls._under, activated))
     under: type = cls._under
-    return derive(BatchNorm, under) if activated else under
+    return derive(BatchNorm, under) if activated and cls._mixin is SyncBatchNorm else under
 
 
 def forwards_owner(cls: type) -> type:

@@ -149,6 +149,8 @@ def _normalize_eval(
         common = torch.promote_types(x.dtype, torch.float32)  # ATen takes one parameter dtype: x's or float32
         mean, var = mean.to(common), var.to(common)
         weight, bias = (None if t is None else t.to(common) for t in (weight, bias))
+    if eps == 0:  # F.batch_norm of torch 2.11 wants more in eval too
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     return F.batch_norm(x, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
 
 

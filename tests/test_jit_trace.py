@@ -191,6 +191,20 @@ def test_eval_is_traced_to_one_operation() -> None:
     assert [n.kind() for n in script.inlined_graph.nodes() if n.kind().startswith("aten::")] == ["aten::batch_norm"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_model_scripts_within_plain(training: bool) -> None:
+    """torch.jit.script takes a converted model where its layers are ordinary for a while."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).train(training)
+    right = copy.deepcopy(net)
+    syncbn.convert_sync_batchnorm(net)
+    with warnings.catch_warnings(), syncbn.plain(net):
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        script = torch.jit.script(net)
+    x = torch.randn(4, 3, 5, 5)
+    assert torch.equal(script(x), right(x))
+    assert type(net[1]) is syncbn.SyncBatchNorm2d
+
+
 def test_operations_of_a_step_can_be_counted() -> None:
     """What counts the operations of a traced graph, as flop counters do, finds the convolution beside the layer."""
     net = Net(syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3)))
