@@ -61,8 +61,9 @@ def convert_sync_batchnorm(
         on_unknown: "raise", or "skip" to leave layers alone whose own forward cannot be kept, be it their class's or
             set on the object.
 
-    Converted: BatchNorm1d, 2d, 3d, their lazy forms (on first use), subclasses with the same forward, timm's
-    BatchNormAct2d and SyncBatchNormAct, nn.SyncBatchNorm, and classes given to `register_converter`.
+    Converted: BatchNorm1d, 2d, 3d (to SyncBatchNorm1d, 2d, 3d), their lazy forms (on first use), subclasses with the
+    same forward, timm's BatchNormAct2d and SyncBatchNormAct, nn.SyncBatchNorm, and classes given to
+    `register_converter`.
     Left alone: InstanceNorm, GroupNorm, LayerNorm, frozen batch norms, and what is synchronized already.
 
     Returns:

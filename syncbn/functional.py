@@ -58,8 +58,9 @@ def sync_batch_norm(
     requires a gradient: then the backward pass has one all-reduce, else none.
     ``input.grad`` is the gradient of the sum of the ranks' losses; ``weight.grad`` and ``bias.grad`` are this rank's
     sums, for DistributedDataParallel to average.
-    A call may be compiled, exported, checkpointed, transformed by ``torch.func`` and differentiated again; a
-    recomputation in activation checkpointing communicates and moves nothing.
+    A call may be compiled, exported, traced, checkpointed, transformed by ``torch.func`` and differentiated again, also
+    for many cotangents at once, as many on every rank. To ``torch.fx`` it is one node.
+    A recomputation in activation checkpointing communicates and moves nothing.
 
     Raises:
         TypeError, ValueError: for a wrong argument, before any communication and with all buffers unchanged.
