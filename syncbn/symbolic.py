@@ -19,7 +19,7 @@ class Leaf:
     """
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        for each in (*args, *kwargs.values()):
+        for each in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(each, Proxy) and isinstance(each.tracer, Tracer):
                 path = each.tracer.path_of_module(self)  # type: ignore[arg-type]  # a module
                 return each.tracer.create_proxy("call_module", path, args, kwargs)

@@ -20,10 +20,14 @@ SHAPES = [(4, 3, 5, 5), (4, 3, 5, 5), (7, 3, 2, 6), (1, 3, 1, 9), (2, 3, 8, 8)]
 """Of the calls of a traced net, the first that of the trace; others more than once, for what TorchScript optimizes."""
 
 
+AGAINST_ITSELF = "`torch.jit"
+"""How the warnings begin by which torch advises against TorchScript."""
+
+
 @pytest.fixture(autouse=True)
 def _trace_may_warn_of_itself() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch advises against TorchScript
+        warnings.filterwarnings("ignore", AGAINST_ITSELF)
         yield
 
 
@@ -55,7 +59,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
 
 def traced(net: nn.Module, x: Tensor, **kwargs: Any) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", AGAINST_ITSELF)
         return torch.jit.trace(net, x, **kwargs)
 
 
@@ -99,7 +103,7 @@ def _trains(name: str, dtype: torch.dtype, saved: bool) -> None:
     if saved:
         file = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", AGAINST_ITSELF)
             torch.jit.save(script, file)
             file.seek(0)
             script = torch.jit.load(file)
@@ -198,7 +202,7 @@ def test_a_converted_model_scripts_within_plain(training: bool) -> None:
     right = copy.deepcopy(net)
     syncbn.convert_sync_batchnorm(net)
     with warnings.catch_warnings(), syncbn.plain(net):
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", AGAINST_ITSELF)
         script = torch.jit.script(net)
     x = torch.randn(4, 3, 5, 5)
     assert torch.equal(script(x), right(x))
@@ -209,7 +213,7 @@ def test_operations_of_a_step_can_be_counted() -> None:
     """What counts the operations of a traced graph, as flop counters do, finds the convolution beside the layer."""
     net = Net(syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", AGAINST_ITSELF)
         graph = torch.jit._get_trace_graph(net, torch.randn(4, 3, 5, 5))[0]
     kinds = [n.kind() for n in graph.nodes()]
     assert kinds.count("aten::_convolution") == 1
