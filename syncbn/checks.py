@@ -184,6 +184,15 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
         ) from None
 
 
+def check_symbolic(argument: object) -> None:
+    """No process group: torch.fx can write none into a graph."""
+    if isinstance(argument, comm.Group):
+        raise TypeError(
+            f"torch.fx takes no process group into a graph; got a {type(argument).__name__}. "
+            "Trace a layer that has the group, syncbn.SyncBatchNorm(..., process_group=group), or pass None."
+        )
+
+
 def check_mapped(x: Tensor, mask: Tensor | None, running_mean: Tensor | None) -> None:
     """Under torch.vmap, running statistics for each of the batches, unless there are none to move."""
     if running_mean is not None and not _is_mapped(running_mean) and (_is_mapped(x) or _is_mapped(mask)):
@@ -206,8 +215,8 @@ def check_batch_size(x: Tensor) -> None:
 
 def _number(name: str, value: Any) -> float:
     """As torch takes one for a float: a real number, or a tensor of no dimensions."""
-    if isinstance(value, torch.SymFloat):  # of a graph that is being made, where it has no value yet
-        return value  # type: ignore[return-value]  # it stands for one
+    if torch.compiler.is_compiling() and not isinstance(value, (int, float)):  # it may have no value yet
+        return value  # type: ignore[no-any-return]
     if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())):
         what = "a number or None" if name == "momentum" else "a number"
         raise TypeError(f"{name} must be {what}; got {value!r}. Use e.g. {name}={DEFAULTS[name]}.")

@@ -114,9 +114,16 @@ def new_group(scope: int | str) -> ProcessGroup | None:
 
 
 def ranks_of(process_group: Group | None) -> tuple[int, ...] | None:
-    """The global ranks of a group, which can be saved; None for None."""
+    """The global ranks of a group, which can be saved; None for None.
+
+    () for what torch gives a rank that is in none of the ranks' groups, which says no more.
+    """
     if process_group is None:
         return None
+    if isinstance(process_group, DeviceMesh) and process_group.get_coordinate() is None:
+        return tuple(process_group.mesh.flatten().tolist())
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        return ()
     group = process_group.get_group() if isinstance(process_group, DeviceMesh) else process_group
     return tuple(dist.get_process_group_ranks(group))
 

@@ -20,28 +20,34 @@ from syncbn import comm, recompute
 from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 _UNMAPPED = contextlib.nullcontext()
 
 
-def is_needed(x: Tensor) -> bool:
-    """Whether x is traced, transformed by torch.func, in forward-mode AD, without storage or of another class."""
+def is_needed(x: Tensor, residual: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether a call is traced, or its x or residual is dual, without storage or a subclass's, or torch.func
+    transforms any of its tensors, of which others are the rest.
+    """
     return (
         torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or (torch._C._are_functorch_transforms_active() and not _is_recomputed_for_map(x))
+        or type(x) not in _ORDINARY
+        or (residual is not None and (type(residual) not in _ORDINARY or residual.is_meta))
+        or (torch._C._are_functorch_transforms_active() and _are_any_wrapped(x, residual, *others))
         or forward_ad._current_level >= 0
         or x.is_meta
         or torch._C._get_tracing_state() is not None
     )
 
 
-def _is_recomputed_for_map(x: Tensor) -> bool:
-    """Whether a backward that is mapped over recomputes this call, whose first pass nothing had transformed."""
-    return torch._C._current_graph_task_id() != -1 and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _are_any_wrapped(*given: Tensor | None) -> bool:
+    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
 
 
 def unmapped() -> contextlib.AbstractContextManager[Any]:
-    """Within it, no transform of torch.func is in force, for a call that they do not concern."""
+    """Within it, no transform of torch.func is in force, for a call of which it transforms no tensor.
+
+    Such is a call that is recomputed for a backward which is mapped over; in its first pass there was no transform.
+    """
     return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else _UNMAPPED
 
 

@@ -144,6 +144,8 @@ def normalize(
         return None
     if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
         return None
+    if torch._C._are_functorch_transforms_active():  # of other tensors, but `_apply` knows nothing of that
+        return None
     try:
         at = x.data_ptr()
         residual_at, *addresses = _addresses(residual, *owned)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
 from syncbn import checks, comm, composed, direct, symbolic
@@ -69,13 +69,17 @@ def sync_batch_norm(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """
-    if isinstance(input, Proxy):
-        given = (running_mean, running_var, weight, bias, training, momentum, eps, process_group)
-        ours = {"residual": residual, "activation": activation, "mask": mask}
-        node: Tensor = symbolic.call_function(
-            sync_batch_norm, input, *given, **ours, num_batches_tracked=num_batches_tracked
-        )
-        return node
+    if is_fx_symbolic_tracing():
+        given = (input, running_mean, running_var, weight, bias, training, momentum, eps, process_group)
+        ours = {
+            "residual": residual,
+            "activation": activation,
+            "mask": mask,
+            "num_batches_tracked": num_batches_tracked,
+        }
+        node: Tensor | None = symbolic.call_function(sync_batch_norm, given, ours)
+        if node is not None:
+            return node
     group = checks.check_group(process_group) if training else None
     running = (running_mean, running_var, num_batches_tracked, momentum)
     return over_group(group, input, running, weight, bias, training, eps, residual, activation, mask)
@@ -99,7 +103,8 @@ def over_group(
     """
     eps, momentum = checks.check_numbers(eps, statistics[3], training or statistics[0] is None)
     statistics = (*statistics[:3], momentum)
-    if training and mask is None and not composed.is_needed(x):
+    inside = composed.is_needed(x, residual, mask, weight, bias, *statistics[:3])
+    if training and mask is None and not inside:
         done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
         if done is not None:
             return done
@@ -112,7 +117,7 @@ def over_group(
     if mask is None and group is None:
         symbolic.untraced(checks.check_batch_size, x) if torch._C._get_tracing_state() else checks.check_batch_size(x)
     epilogue = Epilogue(weight, bias, residual, mask, activation)
-    if composed.is_needed(x) or (residual is not None and composed.is_needed(residual)):
+    if inside:
         if not torch.compiler.is_compiling():
             checks.check_mapped(x, mask, statistics[0] if training else None)
         return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)

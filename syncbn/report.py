@@ -59,7 +59,7 @@ def _row(name: str, layer: nn.Module) -> Row:
         was_built = "activation" in vars(layer)  # the constructor gives it; conversion leaves it to the class
         status = "synchronized" if was_built or not under else "converted"
         ranks = comm.ranks_of(layer.process_group)
-        group = "default" if ranks is None else "ranks " + " ".join(map(str, ranks))
+        group = "default" if ranks is None else "ranks " + (" ".join(map(str, ranks)) or "of others")
         own = own_call(layer)
         why = f"its {own} was set on the object" if own else ""
         why = "frozen: uses its running statistics" if isinstance(layer, Frozen) else why

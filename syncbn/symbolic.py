@@ -4,11 +4,16 @@ To torch.fx a layer is a call_module node and a call of the function a call_func
 To torch.jit a call is the operations that composed.py makes of it, and its sizes are tensors while it traces.
 """
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.fx import Proxy, Tracer
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from syncbn import checks
 
 
 class Leaf:
@@ -19,16 +24,35 @@ class Leaf:
     """
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        for each in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(each, Proxy) and isinstance(each.tracer, Tracer):
-                path = each.tracer.path_of_module(self)  # type: ignore[arg-type]  # a module
-                return each.tracer.create_proxy("call_module", path, args, kwargs)
+        if is_fx_symbolic_tracing():
+            tracer = _tracer_of_call(sys._getframe(1))
+            if tracer is not None:
+                path = tracer.path_of_module(self)  # type: ignore[arg-type]  # a module
+                return tracer.create_proxy("call_module", path, args, kwargs)
         return super()._call_impl(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
 
 
-def call_function(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """The node of a call whose first argument is symbolic."""
-    return args[0].tracer.create_proxy("call_function", function, args, kwargs)
+def _tracer_of_call(frame: FrameType | None) -> Tracer | None:
+    """Whose call_module is calling, from this frame of the Python stack outwards; None if it traces operations."""
+    from torch.fx.experimental.proxy_tensor import PythonKeyTracer
+
+    while frame is not None:
+        tracer = frame.f_locals.get("self") if frame.f_code.co_name == "call_module" else None
+        if isinstance(tracer, Tracer):
+            return None if isinstance(tracer, PythonKeyTracer) else tracer
+        frame = frame.f_back
+    return None
+
+
+def call_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The node of this call, if one of its arguments is symbolic; None if it is an ordinary one."""
+    given = (*args, *kwargs.values())
+    symbols = [each for each in given if isinstance(each, Proxy)]
+    if not symbols:
+        return None
+    for each in given:
+        checks.check_symbolic(each)
+    return symbols[0].tracer.create_proxy("call_function", function, args, kwargs)
 
 
 def untraced(check: Callable[..., None], *given: Any) -> None:

@@ -1,6 +1,7 @@
 """torch.func and forward-mode AD: gradients, tangents and maps of the layer, across ranks."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.functional import sync_batch_norm
@@ -24,7 +26,8 @@ def normalize(x: Tensor) -> Tensor:
 
 def samples(*shape: int, seed: int = 0) -> Tensor:
     """Other ones on every rank."""
-    generator = torch.Generator().manual_seed(10 * seed + dist.get_rank())
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(10 * seed + rank)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
@@ -154,3 +157,60 @@ def _jacobians() -> None:
 def test_jacobians_and_hessians(ranks: RankPool) -> None:
     """Added up over the ranks, forward and reverse mode agree, and compose to a symmetric second derivative."""
     ranks.run(2, _jacobians)
+
+
+class InBackward(torch.autograd.Function):
+    """A function whose derivative is computed in its backward, by a transform."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(t)
+        ctx.derivative = derivative
+        return t.sum()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return dy * ctx.derivative(ctx.saved_tensors[0]), None
+
+
+Of = Callable[[Tensor, Tensor], Tensor]
+TRANSFORMED: dict[str, Of] = {
+    "grad of weight": lambda x, w: grad(lambda w: normalize_by(x, weight=w).pow(3).sum())(w),
+    "grad of bias": lambda x, w: grad(lambda b: normalize_by(x, bias=b).pow(3).sum())(w),
+    "grad of residual": lambda x, w: grad(lambda r: normalize_by(x, residual=r * x).pow(3).sum())(w[0]),
+    "jvp of weight": lambda x, w: jvp(lambda w: normalize_by(x, weight=w).pow(3), (w,), (w.cos(),))[1],
+    "vmap of weights": lambda x, w: vmap(lambda w: normalize_by(x, weight=w).pow(3).sum())(torch.stack([w, 2 * w])),
+    "vmap of masks": lambda x, w: vmap(lambda m: normalize_by(x * w.sum(), mask=m).pow(3).sum())(MASKS),
+    "nothing of the call": lambda x, w: vmap(lambda w: normalize_by(x).pow(3).sum() * w)(w),
+}
+MASKS = torch.tensor([[True, True, False, True, True], [True, False, True, True, True]])[:, None].expand(2, 3, 5)
+
+
+def normalize_by(x: Tensor, **given: Tensor | None) -> Tensor:
+    weight, bias = given.pop("weight", None), given.pop("bias", None)
+    return sync_batch_norm(x, None, None, weight, bias, training=True, **given)
+
+
+def _within(name: str) -> None:
+    let_torch_warn_of_itself()
+    transformed = TRANSFORMED[name]
+    x, w = samples(3, 4, 5), samples(4, seed=1).exp() + 1
+    right_w = w.clone().requires_grad_()
+    right = transformed(x, right_w)
+    leaf = w.clone().requires_grad_()
+    InBackward.apply(leaf, lambda w: transformed(x, w).sum().expand(4)).backward()
+    assert error(leaf.grad, right.detach().sum().expand(4)) <= EXACT
+    (dw_right,) = torch.autograd.grad(right.sin().sum(), right_w, allow_unused=True)
+    for reentrant in (True, False) if not name.startswith("grad") else (True,):  # torch.func.grad takes no such hooks
+        leaf, x_leaf = w.clone().requires_grad_(), x.clone().requires_grad_()
+        y = checkpoint(lambda x, w: transformed(x, w).sin().sum() + x.sum() * 0, x_leaf, leaf, use_reentrant=reentrant)
+        y.backward()
+        assert (leaf.grad is None) == (dw_right is None)
+        assert dw_right is None or error(leaf.grad, dw_right) <= EXACT
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transform_of_any_argument_within_a_backward(ranks: RankPool, name: str) -> None:
+    """Transforms of a weight, a mask or nothing of a call are right in a backward and in a recomputed region."""
+    _within(name)
+    ranks.run(2, _within, name)

@@ -178,7 +178,7 @@ def test_numbers_may_change_between_compiled_calls() -> None:
     """A compiled layer follows an eps and a momentum that change, whole numbers too, without a graph break."""
     layer, eager = syncbn.SyncBatchNorm(3), nn.BatchNorm1d(3)
     step = compiled(layer, "aot_eager")
-    for eps, momentum in [(1e-5, 0.1), (1e-5, 0.3), (1e-5, 1), (0.5, 0), (1, 0.7), (1e-3, 0.25)]:
+    for eps, momentum in [(1e-5, 0.1), (1e-5, 0.3), (1e-5, 1), (0.5, 0), (1, np.float64(0.7)), (1e-3, 0.25)]:
         for each in (layer, eager):
             each.eps, each.momentum = eps, momentum
         x = torch.randn(X)
