@@ -1,5 +1,6 @@
 """The classes of swapped layers: one of these before the class that a layer had, so that it still is one of that."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,9 @@ class BatchNorm(Leaf, _BatchNorm):
         """Any rank."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.normalize(input, residual, mask, self.activation)
+        return self._normalize(input, residual, mask, self.activation)
 
-    def normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
         """activation(bn(input) + residual)"""
         if mask is not None and self.training:
             raise ValueError(
@@ -45,7 +46,7 @@ class WithDropAndAct:
     def forward(self, x: Tensor) -> Tensor:
         drop, act = (getattr(self, name, None) for name in ("drop", "act"))
         fused = _fusible(drop, act)
-        y: Tensor = self.normalize(x, None, None, fused)  # type: ignore[attr-defined]  # of the norm behind
+        y: Tensor = self._normalize(x, None, None, fused)  # type: ignore[attr-defined]  # of the norm behind
         if fused is None:
             y = y if drop is None else drop(y)
             y = y if act is None else act(y)
@@ -71,8 +72,15 @@ class Frozen:
 
 
 _FUSED: dict[Any, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
-_BY_TORCH = {cls: (nn.Module.__call__, cls.forward, getattr(F, name)) for cls, name in _FUSED.items()}
-"""What a call of an activation runs, unless somebody has put another in its place."""
+
+
+def _runs(cls: Any) -> tuple[Any, ...]:
+    """What a call of an activation or of Identity runs, unless somebody has put another in its place."""
+    name = _FUSED.get(cls, "")
+    return cls.__call__, cls._call_impl, cls.forward, getattr(F, name, None), getattr(torch, name, None)
+
+
+_BY_TORCH = {cls: _runs(cls) for cls in (*_FUSED, nn.Identity)}
 
 
 def _fusible(drop: nn.Module | None, act: nn.Module | None) -> str | None:
@@ -84,10 +92,9 @@ def _fusible(drop: nn.Module | None, act: nn.Module | None) -> str | None:
         return None
     if cls is nn.LeakyReLU and act.negative_slope != LEAKY_SLOPE:  # type: ignore[union-attr]  # that is its class
         return None
-    name = _FUSED[cls]
-    if (nn.Module.__call__, cls.forward, getattr(F, name)) != _BY_TORCH[cls]:
+    if _runs(cls) != _BY_TORCH[cls] or _runs(nn.Identity) != _BY_TORCH[nn.Identity]:
         return None
-    return None if watched.is_any_watched() or watched.is_watched(act) or watched.is_watched(drop) else name
+    return None if watched.is_any_watched() or watched.is_watched(act) or watched.is_watched(drop) else _FUSED[cls]
 
 
 class _Derived:
@@ -109,6 +116,7 @@ class _Derived:
 
 
 _NAMES = {SyncBatchNorm: "Sync", SyncBatchNormAct: "Sync", BatchNorm: "Activated", Frozen: "Frozen"}
+_ACTIVATED: tuple[type, ...] = (SyncBatchNormAct, BatchNormAct)
 _BUILT: tuple[Any, ...] = (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 _derived: dict[tuple[type, type], type] = {(SyncBatchNorm, cls._under): cls for cls in _BUILT}
 
@@ -121,12 +129,35 @@ def derive(mixin: type, under: Any) -> type:
     if (mixin, under) not in _derived:
         own: dict[str, Any] = {"__doc__": mixin.__doc__, "_mixin": mixin, "_under": under}
         own |= {"__module__": under.__module__ if mixin is Frozen else __name__}
-        own |= {"_check_input_dim": under._check_input_dim, "reset_parameters": under.reset_parameters}
+        if mixin is not Frozen:
+            own |= {name: inspect.getattr_static(under, name) for name in _KEPT if _has_own(under, name)}
         if getattr(under, "cls_to_become", None) is not None:  # a lazy layer, on first use
             own["cls_to_become"] = derive(mixin, under.cls_to_become)
         bases = (mixin, under) if issubclass(under, _Derived) else (_Derived, mixin, under)
         _derived[mixin, under] = type(_NAMES[mixin] + under.__name__, bases, own)
     return _derived[mixin, under]
+
+
+_KEPT = ("_check_input_dim", "reset_parameters", "extra_repr")
+"""Methods of a mixin that give way to those of the class behind it, which say how its layers differ from others."""
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_RECIPES = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+
+
+def _has_own(cls: type, name: str) -> bool:
+    """Whether a class has this otherwise than torch's batch norms do."""
+    return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(_BatchNorm, name, None)
+
+
+def own_recipe(cls: type) -> str | None:
+    """What of a class makes or pickles its objects in a way that a class derived from it cannot follow."""
+    found = (name for name in _RECIPES if _has_own(cls, name))
+    return None if issubclass(cls, _Derived) else next(found, None)
+
+
+def own_state(cls: type) -> str | None:
+    """A parameter or buffer that the class computes; the layers here read what is stored."""
+    return next((name for name in _STATE if _has_own(cls, name)), None)
 
 
 def rebuild(cls: Any, *mixins: type) -> Any:
@@ -143,11 +174,13 @@ def can_sync(cls: Any) -> bool:
     if _is_timm_act(cls):
         return True
     ours = (nn.SyncBatchNorm,) if cls is nn.SyncBatchNorm else (_BatchNorm, BatchNorm, WithDropAndAct)
-    return issubclass(cls, _BatchNorm) and forwards_owner(cls) in ours and _is_forward_unpatched(cls)
+    return issubclass(cls, _BatchNorm) and forwards_owner(cls) in ours and is_forward_unpatched(cls)
 
 
 def sync_class(cls: Any) -> type:
     """The synchronized class for a class that can be; not a subclass of nn.SyncBatchNorm, which DDP refuses on CPU."""
+    if vars(cls).get("_mixin") is Frozen:
+        return derive(Frozen, sync_class(cls._under))
     if issubclass(cls, BatchNorm):
         if hasattr(cls, "_under"):
             return sync_class(cls._under)
@@ -158,12 +191,22 @@ def sync_class(cls: Any) -> type:
 
 def plain_class(cls: Any, activated: bool) -> type:
     """The ordinary class for a synchronized one, with a place for an activation or without."""
+    if vars(cls).get("_mixin") is Frozen:  # the layer behind changes
+        return derive(Frozen, plain_class(cls._under, activated))
     if not (issubclass(cls, SyncBatchNorm) and hasattr(cls, "_under")):
         return BatchNormAct if issubclass(cls, SyncBatchNormAct) or _is_timm_act(cls) else BatchNorm
-    if cls._mixin is Frozen:  # the layer behind changes
-        return derive(Frozen, plain_class(cls._under, activated))
     under: type = cls._under
     return derive(BatchNorm, under) if activated and cls._mixin is SyncBatchNorm else under
+
+
+def frozen(cls: Any) -> type:
+    """The class with Frozen before it."""
+    return derive(Frozen, cls)
+
+
+def thawed(cls: Any) -> Any:
+    """The class without Frozen before it."""
+    return cls._under if vars(cls).get("_mixin") is Frozen else cls
 
 
 def forwards_owner(cls: type) -> type:
@@ -175,10 +218,10 @@ def _is_timm_act(cls: type) -> bool:
     """timm's BatchNormAct2d and SyncBatchNormAct, and subclasses with their forward."""
     owner = forwards_owner(cls)
     is_named = owner.__module__.startswith("timm.") and owner.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
-    return is_named and _is_forward_unpatched(cls)
+    return is_named and is_forward_unpatched(cls)
 
 
-def _is_forward_unpatched(cls: type) -> bool:
+def is_forward_unpatched(cls: type) -> bool:
     """Whether the forward was written where its class was, and not put there from elsewhere."""
     owner = forwards_owner(cls)
     return getattr(vars(owner)["forward"], "__globals__", {}).get("__name__") == owner.__module__
@@ -200,11 +243,12 @@ def safe_globals(*classes: type) -> list[Callable[..., Any] | tuple[Callable[...
         >>> torch.serialization.add_safe_globals([*syncbn.safe_globals(), nn.Sequential, nn.Conv2d])
         >>> model = torch.load("model.pt", weights_only=True)
     """
-    ranks = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    ranks = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     lazy = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-    ordinary: list[Any] = [*ranks, *lazy, *classes]
-    made: list[Any] = [sync_class(cls) for cls in ordinary] + [derive(BatchNorm, cls) for cls in ranks]
-    thawed = {*ordinary, *made, SyncBatchNorm, SyncBatchNormAct, BatchNorm, BatchNormAct}
-    frozen = [derive(Frozen, cls) for cls in thawed]
+    ordinary: list[Any] = [*ranks, *lazy, *(cls for cls in classes if not issubclass(cls, SyncBatchNorm))]
+    made: set[Any] = {sync_class(cls) for cls in ordinary}
+    made |= {plain_class(cls, activated=True) for cls in made}
+    made |= {frozen(cls) for cls in (*ordinary, *classes, *made, SyncBatchNorm, BatchNorm, *_ACTIVATED)}
     # each by a name of its own: classes of two libraries may be called alike
-    return [rebuild, Frozen, *thawed, *((cls, f"{cls.__name__} {id(cls)}") for cls in (*made, *frozen))]
+    named = [(cls, f"{cls.__name__} {id(cls)}") for cls in made]
+    return [rebuild, Frozen, SyncBatchNorm, BatchNorm, *_ACTIVATED, *_BUILT, *ordinary, *classes, *named]

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import classes, comm, swap, watched
+from syncbn import classes, comm, refusals, swap
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 
@@ -77,20 +77,21 @@ def convert_sync_batchnorm(
     """
     if on_unknown not in ("raise", "skip"):
         raise ValueError(f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}.")
-    swap.refuse_wrapped(module)
+    refusals.refuse_wrapped(module)
     chosen = _chooser(only)
     wanted, left = [], {}
     for name, layer in module.named_modules():
         if not isinstance(layer, _BatchNorm) and type(layer) not in _converters:
             continue
         reason = _why_not(layer) or (None if chosen(name, layer) else "not chosen by `only`")
-        if reason is None and type(layer) not in _converters and (obstacle := _obstacle(name, layer)):
-            reason, text = obstacle
+        refusal = refusals.why_not_sync(layer) if reason is None and type(layer) not in _converters else None
+        if refusal is not None:
             if on_unknown == "raise":
-                raise TypeError(text)
+                raise refusal.error(name, layer, ", or leave such layers alone with on_unknown='skip'")
+            reason = refusal.short
         if reason is None:
             wanted.append(layer)
-        else:
+        elif _why_not(layer) is None:  # else it shows
             left[layer] = reason
     reasons.update(left)
     root: nn.Module = module
@@ -119,44 +120,25 @@ def revert_sync_batchnorm(module: M) -> M:
 def plain(module: M) -> Iterator[M]:
     """Within the block, module's synchronized layers are ordinary ones: to export or trace in the middle of training.
 
-    The layers are swapped in place and swapped back, whatever happens inside; train() and eval() inside stay in force.
+    The layers are swapped in place and swapped back, whatever happens inside; what is done to them inside stays.
     It refuses what `revert_sync_batchnorm` refuses.
     """
-    before = [(layer, type(layer), dict(layer.__dict__)) for layer in module.modules()]
+    before = [(layer, swap.State.of(layer)) for layer in module.modules()]
     root, replaced = _revert(module)
+    swapped = [(layer, state, swap.State.of(layer)) for layer, state in before if type(layer) is not state.cls]
     try:
         yield cast(M, root)
     finally:
         for old, new in replaced:
             root = swap.replace(root, new, old.train(new.training))
-        for layer, cls, attributes in before:
-            if type(layer) is not cls:
-                mode = layer.training
-                layer.__class__ = cls
-                layer.__dict__.clear()
-                layer.__dict__.update(attributes, training=mode)
+        for layer, state, then in swapped:
+            swap.restore(layer, state, then)
 
 
 def _why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, Frozen):
         return "frozen"
     return "synchronized already" if isinstance(layer, SyncBatchNorm) else None
-
-
-def _obstacle(name: str, layer: nn.Module) -> tuple[str, str] | None:
-    """Why a layer cannot be synchronized by its class: for the report, and as an error."""
-    skip = "leave such layers alone with on_unknown='skip'."
-    if (own := watched.own_call(layer)) and (rule := swap.why_not(layer)):
-        return f"its {own} was set on the object", f"{rule} Got {_described(name, layer)}. Or {skip}"
-    cls = swap.plain_type(layer)
-    if not classes.can_sync(cls):
-        return "its forward is its own", f"{_unknown_text(name, layer)}, or {skip}"
-    try:
-        classes.sync_class(cls)
-    except TypeError as error:  # of a metaclass, for example
-        rule = "A layer is swapped by a class that extends its own, which this class does not allow"
-        return "its class cannot be extended", f"{rule}; got {_described(name, layer)}: {error}. Or {skip}"
-    return None
 
 
 def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | None) -> nn.Module:
@@ -174,17 +156,17 @@ def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | No
 
 def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Module]]]:
     """The root, and which layer a registered converter gave way to which."""
-    swap.refuse_wrapped(module)
+    refusals.refuse_wrapped(module)
     layers, origins = [], []
     for name, layer in module.named_modules():
         if _ORIGIN in layer.__dict__:
             if layer.__dict__[_ORIGIN] not in _converters:
-                raise TypeError(f"{_unknown_text(name, layer)}.")
+                rule = "A layer that a registered converter made can be reverted by that only"
+                raise refusals.Refusal("its converter is gone", rule).error(name, layer)
             origins.append(layer)
         elif isinstance(layer, SyncBatchNorm) or swap.is_foreign_sync(layer):
-            refusal = swap.why_not_plain(layer)
-            if refusal is not None:
-                raise TypeError(f"{refusal} Got {type(layer).__qualname__} at {swap.shown(name)}.")
+            if refusal := refusals.why_not_plain(layer):
+                raise refusal.error(name, layer)
             layers.append(layer)
     root, replaced = module, []
     for old in origins:
@@ -195,6 +177,7 @@ def _revert(module: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, nn.Modu
     remaining = set(root.modules())  # without what was inside of a replaced layer
     for layer in layers:
         if layer in remaining:
+            reasons.pop(layer, None)
             swap.make_plain(layer)
     return root, replaced
 
@@ -206,14 +189,3 @@ def _chooser(only: Only) -> Callable[[str, nn.Module], bool]:
         return only
     patterns = [only] if isinstance(only, str) else list(only)
     return lambda name, layer: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _unknown_text(name: str, layer: nn.Module) -> str:
-    return (
-        "A batch norm with a forward of its own cannot be swapped without losing what that forward does; got "
-        f"{_described(name, layer)}. Tell how with syncbn.register_converter(cls, to_sync, to_plain)"
-    )
-
-
-def _described(name: str, layer: nn.Module) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__} at {swap.shown(name)}"

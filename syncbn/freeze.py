@@ -5,8 +5,9 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.classes import Frozen, derive
-from syncbn.swap import change_class, refuse_own_train
+from syncbn.classes import Frozen, frozen, thawed
+from syncbn.refusals import refuse_unfreezable
+from syncbn.swap import change_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,25 +23,27 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
 
     Raises:
         ValueError: for a layer without running statistics.
-        TypeError: for a layer whose train was set on the object. Nothing has been changed then.
+        TypeError: for a layer whose train was set on the object, or whose class cannot be extended. Nothing has been
+            changed then.
     """
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
     for name, layer in layers:
         if layer.running_mean is None:
             raise ValueError(
                 f"Only a layer with running statistics can be frozen; got track_running_stats=False at {name!r}. "
                 "Freeze a part of the model without it."
             )
-    refuse_own_train(layers)
+    refuse_unfreezable(layers, frozen)
     for _, layer in layers:
         if not isinstance(layer, Frozen):
-            change_class(layer, lambda cls: derive(Frozen, cls))
+            change_class(layer, frozen)
             layer.train(layer.training)
         if not train_affine:
-            for name, parameter in layer.named_parameters():
-                if parameter.requires_grad and name.split(".")[0] in ("weight", "bias", "parametrizations"):
-                    layer.__dict__.setdefault("_frozen_parameters", []).append(name)
-                    parameter.requires_grad_(False)
+            taken = [(name, p) for name, p in layer.named_parameters() if p.requires_grad and _is_affine(name)]
+            if taken:
+                layer.__dict__.setdefault("_frozen_parameters", []).extend(taken)
+            for _, parameter in taken:
+                parameter.requires_grad = False  # by assignment: what is lazy takes no other
     return module
 
 
@@ -51,10 +54,18 @@ def unfreeze(module: M) -> M:
         TypeError: for a layer whose train was set on the object. Nothing has been changed then.
     """
     layers: list[tuple[str, Any]] = [(name, m) for name, m in module.named_modules() if isinstance(m, Frozen)]
-    refuse_own_train(layers)
+    refuse_unfreezable(layers, thawed)
     for _, layer in layers:
-        for name in layer.__dict__.pop("_frozen_parameters", []):
-            layer.get_parameter(name).requires_grad_(True)
-        change_class(layer, lambda cls: cls._under)  # type: ignore[attr-defined]  # derive() sets it
+        now = dict(layer.named_parameters())
+        for name, parameter in layer.__dict__.pop("_frozen_parameters", []):
+            parameter.requires_grad = True
+            if name in now:  # where another has taken its place
+                now[name].requires_grad = True
+        change_class(layer, thawed)
         layer.train(module.training)
     return module
+
+
+def _is_affine(name: str) -> bool:
+    """Whether a parameter of a batch norm is its weight or bias, by this name or what wrappers make of it."""
+    return name.startswith(("weight", "bias", "parametrizations."))

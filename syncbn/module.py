@@ -86,9 +86,9 @@ class SyncBatchNorm(Leaf, _BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(bn(input) + residual), (N, C, *S); mask bool, broadcastable to (N, *S), True where it counts."""
-        return self.normalize(input, residual, mask, self.activation)
+        return self._normalize(input, residual, mask, self.activation)
 
-    def normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
         """`forward` with the activation given by the caller."""
         self._check_input_dim(input)
         training = self.training
@@ -111,26 +111,37 @@ class SyncBatchNorm(Leaf, _BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
         """A copy in the same process shares the group."""
         memo[id(self.process_group)] = self.process_group
+        if hasattr(super(), "__deepcopy__"):  # of the class that was converted
+            copied: SyncBatchNorm = super().__deepcopy__(memo)  # type: ignore[misc]  # if it has one
+            return copied
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        super(SyncBatchNorm, new).__setstate__(copy.deepcopy(self._state(), memo))  # type: ignore[no-untyped-call]
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         """A group cannot leave its process; its ranks can."""
-        state = self.__dict__.copy()
-        if self.process_group is not None:
-            state["process_group"] = comm.ranks_of(self.process_group)
+        state = self._state().copy()
+        if state.get("process_group") is not None:
+            state["process_group"] = comm.ranks_of(state["process_group"])
         return state
+
+    def _state(self) -> dict[str, Any]:
+        """As the class that was converted has it, or all."""
+        own = getattr(super(), "__getstate__", None)  # every object has one from Python 3.11 on
+        state: Any = self.__dict__ if own is None else own()
+        return state[0] if isinstance(state, tuple) else state  # type: ignore[no-any-return]  # beside what is in slots
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ranks = state.get("process_group")
         group = comm.group_of(ranks)
-        super().__setstate__({**state, "process_group": group})  # type: ignore[no-untyped-call]  # torch's own
+        state = {**state, "process_group": group} if "process_group" in state else state
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if ranks is not None and group is None:
+            of = f"of ranks {list(ranks)}, which this process does not have" if ranks else "of others than its rank"
             warnings.warn(
-                f"A SyncBatchNorm was saved with a process group of ranks {list(ranks)}, which this process does not "
-                "have; it now synchronises over the default group. Set its process_group to use another.",
+                f"A SyncBatchNorm was saved with a process group {of}; it now synchronises over the default group. "
+                "Set its process_group to use another.",
                 stacklevel=2,
             )
 

@@ -9,7 +9,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from syncbn import comm, convert
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
-from syncbn.swap import is_foreign_sync, plain_type
+from syncbn.swap import is_foreign_sync, plain_type, was_built
 from syncbn.watched import own_call
 
 
@@ -56,22 +56,19 @@ def _row(name: str, layer: nn.Module) -> Row:
     if isinstance(layer, SyncBatchNorm):
         under = getattr(cls, "_under", None)
         before = under.__name__ if under else "SyncBatchNorm"
-        was_built = "activation" in vars(layer)  # the constructor gives it; conversion leaves it to the class
-        status = "synchronized" if was_built or not under else "converted"
+        status = "synchronized" if was_built(layer) or not under else "converted"
         ranks = comm.ranks_of(layer.process_group)
         group = "default" if ranks is None else "ranks " + (" ".join(map(str, ranks)) or "of others")
         own = own_call(layer)
         why = f"its {own} was set on the object" if own else ""
         why = "frozen: uses its running statistics" if isinstance(layer, Frozen) else why
     else:
-        why = convert.reasons.get(layer) or _why(layer)
+        why = "frozen" if "Frozen" in cls.__name__ else convert.reasons.get(layer) or _why(layer)
     channels = next((getattr(layer, k) for k in ("num_features", "num_channels") if hasattr(layer, k)), None)
     return Row(name, before, cls.__name__, status, why, group, channels)
 
 
 def _why(layer: nn.Module) -> str:
-    if "Frozen" in type(layer).__name__:
-        return "frozen"
     if isinstance(layer, _BatchNorm) or is_foreign_sync(layer):
         return "not converted"
     kind = "InstanceNorm" if isinstance(layer, _InstanceNorm) else type(layer).__name__

@@ -4,14 +4,13 @@ Parameters, buffers, hooks, attributes and mode stay where they are, and so does
 parent, a second parent, an optimizer or a DDP bucket. What changes is which forward runs.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from syncbn import classes, watched
@@ -26,13 +25,62 @@ _STRUCTURE = ("eps", "momentum", "weight", "bias", "running_mean", "running_var"
 def change_class(layer: nn.Module, change: Callable[[type], type]) -> None:
     """layer.__class__ = change(its class); a parametrization stays on top, where torch expects to remove it."""
     watched.forget_bound(layer)
+    object.__setattr__(layer, "__class__", _changed(layer, change))
+
+
+def why_fixed(layer: nn.Module, change: Callable[[type], type]) -> str | None:
+    """What Python or the class itself has against that change; nothing has been changed."""
+    try:
+        probe = object.__new__(type(layer))  # type: ignore[call-overload]  # no metaclass
+        object.__setattr__(probe, "__class__", _changed(layer, change))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _changed(layer: nn.Module, change: Callable[[type], type]) -> type:
     cls = type(layer)
     if not parametrize.is_parametrized(layer):
-        layer.__class__ = change(cls)
-        return
+        return change(cls)
     own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "__deepcopy__", "__doc__")}
     base = change(cls.__bases__[0])
-    layer.__class__ = type(f"Parametrized{base.__name__}", (base,), own)
+    if not hasattr(base, "__deepcopy__"):
+        own["__deepcopy__"] = _deepcopy
+    return type(f"Parametrized{base.__name__}", (base,), own)
+
+
+def _deepcopy(layer: Any, memo: dict[int, Any]) -> Any:
+    """As torch's parametrizations copy, whose class refuses to be pickled."""
+    new = memo[id(layer)] = type(layer).__new__(type(layer))
+    new.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return new
+
+
+class State(NamedTuple):
+    """A layer's class and attributes at a time."""
+
+    cls: type
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "State":
+        return cls(type(layer), dict(layer.__dict__))
+
+
+def restore(layer: nn.Module, before: State, then: State) -> None:
+    """Undo a change of class that made `then` of `before`; what was done to the layer since stays."""
+    if type(layer) is then.cls:
+        object.__setattr__(layer, "__class__", before.cls)
+    else:  # frozen, thawed, parametrized, or a lazy layer that was used
+        change_class(layer, classes.sync_class)
+    own = layer.__dict__
+    for name in before.attributes.keys() | then.attributes.keys():
+        was, became = (state.attributes.get(name, _MISSING) for state in (before, then))
+        if was is not became and own.get(name, _MISSING) is became:
+            own.pop(name, None) if was is _MISSING else own.update({name: was})
+
+
+_MISSING = object()
 
 
 def plain_type(layer: nn.Module) -> Any:
@@ -52,62 +100,36 @@ def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def is_foreign_sync(layer: nn.Module) -> bool:
-    """Whether this is another library's synchronized batch norm, by name and structure."""
-    return type(layer).__name__ in _FOREIGN and all(hasattr(layer, name) for name in _STRUCTURE)
+    """Whether this is torch's or another library's synchronized batch norm, by class, or by name and structure."""
+    cls = classes.thawed(plain_type(layer))
+    is_one = is_foreign_by_name(cls) or issubclass(cls, nn.SyncBatchNorm)
+    return is_one and all(hasattr(layer, name) for name in _STRUCTURE)
 
 
-def why_not(layer: nn.Module) -> str | None:
-    """The rule that forbids to change what a call of this layer runs, by its class."""
-    if own := watched.own_call(layer):
-        return (
-            f"A layer is swapped by its class, which a {own} that was set on the object hides; swap first and set it "
-            "after that. accelerate's hooks go by accelerate.hooks.remove_hook_from_module(model, recurse=True)."
-        )
-    return None
+def is_foreign_by_name(cls: type) -> bool:
+    """Whether a class is called as a synchronized batch norm in another library is."""
+    return cls.__name__ in _FOREIGN and not issubclass(cls, SyncBatchNorm) and cls is not nn.SyncBatchNorm
 
 
-def refuse_own_train(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """TypeError for a layer whose train was set on the object: it decides the mode, whatever the class says."""
-    for name, layer in layers:
-        if watched.is_own(layer, "train"):
-            raise TypeError(
-                "A layer is frozen by its class, which a train that was set on the object hides; got "
-                f"{type(layer).__qualname__} at {shown(name)}. Remove it first: del layer.train."
-            )
+def was_built(layer: nn.Module) -> bool:
+    """Whether the constructor of our layers has run, which gives both; conversion leaves them to the class."""
+    return {"activation", "process_group"} <= vars(layer).keys()
 
 
-def shown(name: str) -> str:
-    """A path in a model, as errors name it."""
-    return f"'{name}'" if name else "the root"
-
-
-def why_not_plain(layer: nn.Module) -> str | None:
-    """The rule that forbids an ordinary class for this synchronized layer."""
-    if reason := why_not(layer):
-        return reason
-    if getattr(layer, "channel_last", False):
-        return (
-            "A layer with channel_last=True takes (N, *S, C), which no ordinary batch norm does; build the model with "
-            "channel_last=False and permute its input, e.g. x.movedim(-1, 1)."
-        )
-    if isinstance(layer, SyncBatchNorm) and not classes.forwards_owner(plain_type(layer)).__module__.startswith(
-        "syncbn."
-    ):
-        return (
-            "A subclass with a forward of its own has no ordinary counterpart; tell how with "
-            "syncbn.register_converter(cls, to_sync, to_plain)."
-        )
-    return None
+def activation_of(layer: nn.Module) -> str | None:
+    """What a synchronized layer applies, ours or apex's."""
+    activation: str | None = "relu" if getattr(layer, "fuse_relu", False) else getattr(layer, "activation", None)
+    return activation
 
 
 def make_plain(layer: Any) -> None:
     """Give a synchronized layer its ordinary class, in place."""
-    activation = "relu" if getattr(layer, "fuse_relu", False) else getattr(layer, "activation", None)
+    activation = activation_of(layer)
     change_class(layer, functools.partial(classes.plain_class, activated=activation is not None))
     if activation is not None:
         layer.activation = activation
-    else:
-        layer.__dict__.pop("activation", None)
+    elif was_built(layer):
+        del layer.activation
     layer.__dict__.pop("process_group", None)
     if not isinstance(layer, _BatchNorm) or "num_features" not in layer.__dict__:
         layer.num_features = next(t.numel() for t in (layer.running_mean, layer.weight) if t is not None)
@@ -115,18 +137,3 @@ def make_plain(layer: Any) -> None:
     layer.__dict__.setdefault("track_running_stats", layer.running_mean is not None)
     if "num_batches_tracked" not in layer._buffers:
         layer.register_buffer("num_batches_tracked", None)
-
-
-def refuse_wrapped(module: nn.Module) -> None:
-    """TypeError for a module that is compiled, scripted or in DDP: too late to change its layers."""
-    for name, m in module.named_modules():
-        if isinstance(m, DistributedDataParallel):
-            why = "DistributedDataParallel has taken its parameters and buffers; swap the model's layers, then wrap it"
-        elif type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None:
-            why = "it is compiled for the layers it has; swap the layers, then compile"
-        elif isinstance(m, torch.jit.ScriptModule):
-            why = "it is TorchScript; swap the layers, then script"
-        else:
-            continue
-        got = f"{type(m).__qualname__} at {shown(name)}"
-        raise TypeError(f"Layers can be swapped in a plain module only; got {got}: {why}.")

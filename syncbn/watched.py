@@ -5,7 +5,7 @@ from torch import nn, overrides
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-OWN_CALL = frozenset({"forward", "__call__", "_call_impl", "_slow_forward", "normalize"})
+OWN_CALL = frozenset({"forward", "__call__", "_call_impl", "_slow_forward"})
 """What decides what a call runs, if it is set on the object instead of its class."""
 
 

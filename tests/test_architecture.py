@@ -14,7 +14,7 @@ from syncbn import backends
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "syncbn"
-LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "swap", "classes", "watched"]
+LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "refusals", "swap", "classes", "watched"]
 LEVELS += [
     "module",
     "functional",

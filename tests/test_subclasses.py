@@ -95,7 +95,7 @@ class Unextendable(nn.BatchNorm2d, metaclass=Meta, key="a"):
 def test_a_class_that_cannot_be_extended_is_refused_in_words() -> None:
     """Where no class can be derived, conversion says so, by path and before anything has changed, or skips it."""
     net = nn.Sequential(nn.BatchNorm2d(3), Unextendable(3))
-    with pytest.raises(TypeError, match=r"does not allow; got .*Unextendable at '1'.*'key'.*on_unknown='skip'"):
+    with pytest.raises(TypeError, match=r"does not allow .*'key'.*; got .*Unextendable at '1'.*on_unknown='skip'"):
         syncbn.convert_sync_batchnorm(net)
     assert [type(m) for m in net] == [nn.BatchNorm2d, Unextendable]
     syncbn.convert_sync_batchnorm(net, on_unknown="skip")
