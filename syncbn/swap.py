@@ -31,7 +31,7 @@ def change_class(layer: nn.Module, change: Callable[[type], type]) -> None:
 def why_fixed(layer: nn.Module, change: Callable[[type], type]) -> str | None:
     """What Python or the class itself has against that change; nothing has been changed."""
     try:
-        probe = object.__new__(type(layer))  # type: ignore[call-overload]  # no metaclass
+        probe = object.__new__(type(layer))
         object.__setattr__(probe, "__class__", _changed(layer, change))
     except TypeError as error:
         return str(error)
@@ -51,7 +51,7 @@ def _changed(layer: nn.Module, change: Callable[[type], type]) -> type:
 
 def _deepcopy(layer: Any, memo: dict[int, Any]) -> Any:
     """As torch's parametrizations copy, whose class refuses to be pickled."""
-    new = memo[id(layer)] = type(layer).__new__(type(layer))
+    new = memo[id(layer)] = object.__new__(type(layer))
     new.__dict__.update(copy.deepcopy(layer.__dict__, memo))
     return new
 

@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import syncbn
+from syncbn import classes
 from tests.layers import PLAIN, SHAPES, model
 from tests.ranks import RankPool
 
@@ -106,3 +108,44 @@ def _frozen_on_ranks() -> int:
 def test_frozen_layers_do_not_communicate(ranks: RankPool) -> None:
     """On two ranks in train mode a frozen model starts no collective, forward or backward."""
     assert ranks.run(2, _frozen_on_ranks) == [0, 0]
+
+
+def reparametrized(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.identity(layer, "weight")
+
+
+def freed(layer: nn.Module) -> None:
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+@pytest.mark.parametrize(
+    ("before", "between"),
+    [(None, reparametrized), (None, pruned), (reparametrized, freed), (pruned, None), (reparametrized, None)],
+    ids=["parametrized", "pruned", "freed", "pruned before", "parametrized before"],
+)
+def test_what_freezing_took_is_given_back_under_any_name(before: Any, between: Any) -> None:
+    """All of weight and bias stops training, however they are stored, and starts again, whatever they became."""
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    if before is not None:
+        before(net[1])
+    syncbn.freeze(net)
+    assert not any(p.requires_grad for p in net.parameters())
+    if between is not None:
+        between(net[1])
+    other = pickle.loads(pickle.dumps(net)) if between is None and before is not reparametrized else copy.deepcopy(net)
+    for each in (net, other):
+        syncbn.unfreeze(each.train())
+        assert all(p.requires_grad for p in each.parameters())
+        assert not any(isinstance(m, classes.Frozen) for m in each)
+
+
+def test_a_lazy_layer_can_be_frozen() -> None:
+    """A lazy layer among others is frozen and thawed with them."""
+    net = syncbn.freeze(nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(3)))
+    assert not any(p.requires_grad for p in net.parameters())
+    net(torch.randn(4, 3, 5, 5))
+    assert all(p.requires_grad for p in syncbn.unfreeze(net).parameters())

@@ -139,15 +139,36 @@ def patch(owner: Any, name: str, heard: Heard) -> Iterator[None]:
             heard.append(name)
         return original(*args, **kwargs)
 
+    was_own = name in vars(owner)
     setattr(owner, name, counted)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(owner, name, original) if was_own else delattr(owner, name)
 
 
 def patched_class(layer: Any, heard: Heard) -> Any:
     return patch(nn.ReLU, "forward", heard)
+
+
+def patched_class_call(layer: Any, heard: Heard) -> Any:
+    return patch(nn.ReLU, "__call__", heard)
+
+
+def patched_class_call_impl(layer: Any, heard: Heard) -> Any:
+    return patch(nn.ReLU, "_call_impl", heard)
+
+
+def patched_call_impl(layer: Any, heard: Heard) -> Any:
+    return patch(nn.Module, "_call_impl", heard)
+
+
+def patched_drop(layer: Any, heard: Heard) -> Any:
+    return patch(nn.Identity, "forward", heard)
+
+
+def patched_torch_function(layer: Any, heard: Heard) -> Any:
+    return patch(torch, "relu", heard)
 
 
 def patched_function(layer: Any, heard: Heard) -> Any:
@@ -176,7 +197,8 @@ def function_mode(layer: Any, heard: Heard) -> Any:
 LISTENERS: list[Listen] = [own_forward, own_call_impl, forward_hook, forward_pre_hook, backward_hook, backward_pre_hook]
 LISTENERS += [drop_hook, drop_backward_pre_hook, own_drop, replaced, reparametrized, another_slope, compiled]
 LISTENERS += [global_forward_hook, global_forward_pre_hook, global_backward_hook, global_backward_pre_hook]
-LISTENERS += [patched_class, patched_function, patched_call, function_mode]
+LISTENERS += [patched_class, patched_function, patched_call, function_mode, patched_class_call, patched_call_impl]
+LISTENERS += [patched_class_call_impl, patched_drop, patched_torch_function]
 
 
 def step(layer: Any, listen: Listen) -> tuple[Heard, list[Tensor]]:

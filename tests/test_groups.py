@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
 from tests.ranks import RankPool
@@ -114,3 +114,21 @@ def _world() -> bytes:
 def test_the_default_group_needs_no_words(ranks: RankPool) -> None:
     """A layer of the whole world finds it again; a layer without a group loads silently anywhere."""
     assert pickle.loads(ranks.run(2, _world)[0]).process_group is None
+
+
+def _outside() -> tuple[list[str], bytes] | None:
+    group, mesh = dist.new_group([0]), DeviceMesh("cpu", [0])
+    if dist.get_rank() == 0:
+        return None
+    net = nn.Sequential(*(syncbn.SyncBatchNorm(1, process_group=each) for each in (group, mesh)))
+    return [row.group for row in syncbn.conversion_report(net)], pickle.dumps(net)
+
+
+def test_a_rank_outside_of_a_group_can_report_and_save(ranks: RankPool) -> None:
+    """The report names the ranks of a mesh; what torch gives instead of a group names none. Both can be pickled."""
+    groups, saved = ranks.run(2, _outside)[1]
+    assert groups == ["ranks of others", "ranks 0"]
+    with pytest.warns(UserWarning, match="now synchronises over the default group") as warned:
+        net = pickle.loads(saved)
+    assert ["of others than its rank" in str(each.message) for each in warned] == [True, False]
+    assert [m.process_group for m in net] == [None, None]

@@ -1,5 +1,8 @@
 """The conversion report."""
 
+from collections.abc import Callable
+
+import pytest
 import torch.distributed as dist
 from torch import nn
 
@@ -51,3 +54,38 @@ def _group_names() -> list[str]:
 def test_it_names_the_group(ranks: RankPool) -> None:
     """A layer's group is shown by its ranks."""
     assert ranks.run(4, _group_names) == [["ranks 0 1"], ["ranks 0 1"], ["ranks 2 3"], ["ranks 2 3"]]
+
+
+def convert_none(net: nn.Module) -> nn.Module:
+    return syncbn.convert_sync_batchnorm(net, only=[])
+
+
+def activate(net: nn.Module) -> nn.Module:
+    net[0].activation = "relu"
+    return net
+
+
+convert, revert = syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm
+CHAINS: dict[str, tuple[tuple[Callable[[nn.Module], nn.Module], ...], tuple[str, str]]] = {
+    "nothing": ((), ("left alone", "not converted")),
+    "frozen": ((syncbn.freeze, convert), ("left alone", "frozen")),
+    "thawed": ((syncbn.freeze, convert, syncbn.unfreeze), ("left alone", "not converted")),
+    "reverted": ((convert, convert, revert), ("left alone", "not converted")),
+    "not chosen": ((convert_none,), ("left alone", "not chosen by `only`")),
+    "not chosen, frozen": ((convert_none, syncbn.freeze), ("left alone", "frozen")),
+    "not chosen, chosen, reverted": ((convert_none, convert, revert), ("left alone", "not converted")),
+    "activated": ((convert, activate), ("converted", "")),
+    "converted and frozen": ((convert, syncbn.freeze), ("converted", "frozen: uses its running statistics")),
+}
+
+
+@pytest.mark.parametrize(("chain", "expected"), CHAINS.values(), ids=CHAINS)
+def test_it_is_true_after_any_chain(
+    chain: tuple[Callable[[nn.Module], nn.Module], ...], expected: tuple[str, str]
+) -> None:
+    """Status and reason are those of the layer as it is, not of what was done to it before."""
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    for change in chain:
+        change(net)
+    row = syncbn.conversion_report(net)[0]
+    assert (row.status, row.why) == expected

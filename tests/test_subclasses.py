@@ -119,6 +119,16 @@ def test_how_a_subclass_starts_is_kept() -> None:
     assert layer.weight.abs().sum() == 0
 
 
+class Mine(syncbn.SyncBatchNorm2d):
+    """A user's subclass of ours."""
+
+
+def activated(net: nn.Module) -> nn.Module:
+    """Converted, with an activation given afterwards."""
+    syncbn.convert_sync_batchnorm(net)[0].activation = "relu"
+    return net
+
+
 def whole(name: str) -> nn.Module:
     """A model that was saved whole."""
     made = {
@@ -131,6 +141,9 @@ def whole(name: str) -> nn.Module:
         "reverted": lambda: syncbn.revert_sync_batchnorm(
             nn.Sequential(*(cls(3, activation="relu") for cls in (syncbn.SyncBatchNorm, *BUILT)))
         ),
+        "an activated subclass": lambda: syncbn.revert_sync_batchnorm(activated(nn.Sequential(Tagged(3)))),
+        "a frozen user's subclass": lambda: syncbn.freeze(nn.Sequential(Mine(3))),
+        "torch's, frozen": lambda: syncbn.freeze(nn.Sequential(nn.SyncBatchNorm(3))),
         "reverted and frozen": lambda: syncbn.freeze(
             syncbn.revert_sync_batchnorm(nn.Sequential(syncbn.SyncBatchNorm2d(3, activation="relu")))
         ),
@@ -139,7 +152,7 @@ def whole(name: str) -> nn.Module:
 
 
 WHOLE = ["converted", "built", "frozen", "frozen and converted", "a subclass", "a frozen subclass", "reverted"]
-WHOLE += ["reverted and frozen"]
+WHOLE += ["reverted and frozen", "an activated subclass", "a frozen user's subclass", "torch's, frozen"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -148,7 +161,7 @@ def test_a_whole_model_loads_with_weights_only(name: str) -> None:
     net = whole(name)
     file = io.BytesIO()
     torch.save(net, file)
-    given = [Tagged] if "subclass" in name else []
+    given = [Mine] if "user's" in name else [Tagged] if "subclass" in name else []
     with torch.serialization.safe_globals([nn.Sequential]):
         file.seek(0)
         with pytest.raises(pickle.UnpicklingError):

@@ -1,0 +1,55 @@
+"""What is done to layers while they are ordinary ones for a while."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import syncbn
+from syncbn import classes
+
+X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(5))
+
+
+def reparametrized(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def momentum(layer: nn.Module) -> None:
+    layer.momentum, layer.note = 0.5, "new"
+
+
+INSIDE: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], bool]]] = {
+    "attributes": (momentum, lambda m: (m.momentum, m.note) == (0.5, "new")),
+    "frozen": (syncbn.freeze, lambda m: isinstance(m, classes.Frozen) and not m.weight.requires_grad),
+    "parametrized": (reparametrized, lambda m: parametrize.is_parametrized(m, "weight")),
+    "a training step": (lambda m: m(X), lambda m: m.num_batches_tracked == 1),
+    "a mode": (lambda m: m.eval(), lambda m: not m.training),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("built", [False, True])
+def test_what_is_done_within_plain_stays(name: str, built: bool) -> None:
+    """A layer that was changed in the block is synchronized after it, and still is what the block made of it."""
+    layer = syncbn.SyncBatchNorm2d(3) if built else syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3))
+    change, holds = INSIDE[name]
+    with syncbn.plain(nn.Sequential(layer)) as net:
+        change(net[0])
+        assert not isinstance(net[0], syncbn.SyncBatchNorm)
+    assert isinstance(layer, syncbn.SyncBatchNorm2d)
+    assert holds(layer)
+    syncbn.unfreeze(nn.Sequential(layer).train())
+    assert type(layer(X).grad_fn).__name__.startswith("NormalizeBatch")
+
+
+def test_a_lazy_layer_may_be_used_within_plain() -> None:
+    """A lazy layer that meets its first input in the block is a synchronized one of that size afterwards."""
+    net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
+    with syncbn.plain(net):
+        net(X)
+    assert type(net[0]) is syncbn.SyncBatchNorm2d
+    assert net[0].num_features == 3
