@@ -10,8 +10,11 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 from torch import nn
 
 MODES = ["NEAREST", "NEAREST_EXACT", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS"]
@@ -42,7 +45,22 @@ def _name(name: str) -> type:
     return enum.Enum(name, MODES) if name == "InterpolationMode" else type(name, (nn.Module,), {})
 
 
-def install_if_missing() -> None:
-    """Make `import torchvision` work, by the real one if there is one."""
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_Finder())
+def timm(module: str) -> Any:
+    """A module of timm, the test skipped without it. torchvision is there for as long as the import takes only: other
+    libraries look for it, too.
+    """
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed; pip install --no-deps timm huggingface_hub safetensors pyyaml")
+    finder = _Finder()
+    is_missing = importlib.util.find_spec("torchvision") is None
+    if is_missing:
+        sys.meta_path.append(finder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's own about itself
+            return importlib.import_module(module)
+    finally:
+        if is_missing:
+            sys.meta_path.remove(finder)
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]

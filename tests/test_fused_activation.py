@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,22 +14,18 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import syncbn
-from tests import fake_torchvision
 from tests.cases import compiled as compiled_whole
+from tests.fake_torchvision import timm
 from tests.oracle import UNIT, error
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed"),
-    pytest.mark.filterwarnings("ignore"),  # timm's own warnings about itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # timm's own warnings about itself
 Heard = list[str]
 Listen = Callable[[Any, Heard], contextlib.AbstractContextManager[None] | None]
 
 
 def timm_layer(act: type = nn.ReLU, **kwargs: Any) -> Any:
-    fake_torchvision.install_if_missing()
     torch.manual_seed(2)
-    return importlib.import_module("timm.layers").BatchNormAct2d(3, act_layer=act, inplace=False, **kwargs).double()
+    return timm("timm.layers").BatchNormAct2d(3, act_layer=act, inplace=False, **kwargs).double()
 
 
 def own_forward(layer: Any, heard: Heard) -> None:
@@ -231,7 +225,7 @@ def test_whoever_listens_is_heard(listen: Listen, made: str) -> None:
 
 def foreign(layer: Any) -> nn.Module:
     """timm's own synchronized form of a layer, whose way back is a class of ours."""
-    sync = importlib.import_module("timm.layers.norm_act").SyncBatchNormAct(3)
+    sync = timm("timm.layers.norm_act").SyncBatchNormAct(3)
     sync.load_state_dict(layer.state_dict())
     sync.drop, sync.act = copy.deepcopy(layer.drop), copy.deepcopy(layer.act)
     return sync.double()
@@ -261,8 +255,7 @@ def test_the_input_has_timms_name(train: bool) -> None:
 
 def test_timms_own_synchronized_layer_may_lack_both() -> None:
     """timm's SyncBatchNormAct without an activation or drop, which it allows, converts and runs."""
-    fake_torchvision.install_if_missing()
-    bare = importlib.import_module("timm.layers.norm_act").SyncBatchNormAct(3).double()
+    bare = timm("timm.layers.norm_act").SyncBatchNormAct(3).double()
     x = torch.randn(4, 3, 5, 5).double()
     right = nn.BatchNorm2d(3).double()(x)
     assert error(syncbn.convert_sync_batchnorm(bare)(x), right) <= UNIT[torch.float64]

@@ -1,10 +1,7 @@
 """torch.fx: a layer is one node of a symbolic trace, as torch's own layers are."""
 
 import copy
-import importlib
-import importlib.util
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import syncbn
-from tests import fake_torchvision
+from tests.fake_torchvision import timm
 from tests.layers import Tagged
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives, RankPool
@@ -43,12 +40,7 @@ def wrapped() -> nn.Module:
 
 
 def timm_act() -> nn.Module:
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fake_torchvision.install_if_missing()
-        return syncbn.convert_sync_batchnorm(importlib.import_module("timm.layers").BatchNormAct2d(3))
+    return syncbn.convert_sync_batchnorm(timm("timm.layers").BatchNormAct2d(3))
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

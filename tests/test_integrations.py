@@ -1,7 +1,5 @@
 """Real models and trainers of other libraries, built from configuration with random weights."""
 
-import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
-from tests import fake_torchvision
+from tests.fake_torchvision import timm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries' own warnings about themselves
 TIMM = ("resnet18", "efficientnet_b0", "mobilenetv3_small_050", "regnety_002", "densenet121", "res2net50_14w_8s")
@@ -87,12 +85,9 @@ def test_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
     """timm architectures convert, train and revert; those of BatchNormAct2d keep their activations and drops."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed; pip install --no-deps timm huggingface_hub safetensors pyyaml")
-    fake_torchvision.install_if_missing()
-    timm = importlib.import_module("timm")
+    create_model = timm("timm").create_model
     torch.manual_seed(4)
-    net = timm.create_model(name)
+    net = create_model(name)
     x = torch.randn(2, 3, 224, 224) if name.startswith("levit") else torch.randn(IMAGE)
     check_model(net, lambda net: flat(net(x)))
 
@@ -101,10 +96,7 @@ def test_timm(name: str) -> None:
 @pytest.mark.parametrize("drop", [False, True])
 def test_timms_activation_and_drop(act: type, fused: bool, drop: bool) -> None:
     """BatchNormAct2d trains to its own numbers after conversion, fused where ours can fuse and nothing is dropped."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed; pip install --no-deps timm huggingface_hub safetensors pyyaml")
-    fake_torchvision.install_if_missing()
-    layers = importlib.import_module("timm.layers")
+    layers = timm("timm.layers")
     kwargs = {"drop_layer": nn.Dropout2d} if drop else {}
     ours, theirs = (layers.BatchNormAct2d(3, act_layer=act, inplace=False, **kwargs).double() for _ in range(2))
     syncbn.convert_sync_batchnorm(ours)

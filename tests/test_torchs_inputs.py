@@ -1,7 +1,9 @@
 """The inputs on which torch tests its own batch norm: the function and the layers give what torch's give."""
 
 import copy
-from collections.abc import Iterator
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,23 +13,23 @@ from torch.nn import functional as F
 
 import syncbn
 from syncbn.functional import sync_batch_norm
+from tests import torchs_inputs
 from tests.oracle import UNIT, error
 
 EXACT = UNIT[torch.float64]
 FIRST = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def database(module: str) -> Any:
-    """One of torch.testing's, whose import needs expecttest, an extra of the tests."""
-    return pytest.importorskip(f"torch.testing._internal.{module}", reason="torch.testing has no databases here")
-
-
-def samples() -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
-    """The inputs and arguments with which torch tests F.batch_norm."""
-    for info in database("common_methods_invocations").op_db:
-        if info.name == "nn.functional.batch_norm" and torch.float64 in info.dtypes:
-            for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
-                yield sample.input, sample.args, sample.kwargs
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[tuple[Any, ...]]]:
+    """What torch.testing's databases hold of batch norms."""
+    file = tmp_path_factory.mktemp("torchs") / "inputs.pt"
+    command = [sys.executable, "-m", "tests.torchs_inputs", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode == torchs_inputs.MISSING:
+        pytest.skip(f"torch.testing's databases cannot be imported: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return torch.load(file, weights_only=False)
 
 
 def outcome(function: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
@@ -50,9 +52,9 @@ def same(ours: list[Tensor | None], right: list[Tensor | None]) -> None:
             assert ((mine - theirs).abs() <= limit).all()
 
 
-def test_what_torch_gives_its_function() -> None:
+def test_what_torch_gives_its_function(inputs: dict[Any, list[tuple[Any, ...]]]) -> None:
     """Every sample of torch's database gives F.batch_norm's y, gradients and statistics; a 1-d input is refused."""
-    given = list(samples())
+    given = inputs["function"]
     assert len(given) >= 10
     for x, args, kwargs in given:
         if x.ndim < 2:
@@ -86,29 +88,20 @@ def test_arguments_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_torch_gives_its_layers(rank: int, training: bool) -> None:
+def test_what_torch_gives_its_layers(inputs: dict[Any, list[tuple[Any, ...]]], rank: int, training: bool) -> None:
     """Every input of torch's database for BatchNorm1d, 2d and 3d gives theirs, from the layer of that rank and after
-    conversion; an unbatched input is the error that it is there.
+    conversion.
     """
-    theirs = getattr(nn, f"BatchNorm{rank}d")
-    infos = [info for info in database("common_modules").module_db if info.module_cls is theirs]
-    inputs = [
-        given
-        for info in infos
-        for given in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training)
-    ]
-    assert len(inputs) >= 3
-    for given in inputs:
+    given = inputs[rank, training]
+    assert len(given) >= 3
+    for args, kwargs, (x, *rest), options in given:
         torch.manual_seed(3)
-        right = theirs(*given.constructor_input.args, **given.constructor_input.kwargs).double().train(training)
-        built = getattr(syncbn, f"SyncBatchNorm{rank}d")(
-            *given.constructor_input.args, **given.constructor_input.kwargs
-        ).double()
+        right = getattr(nn, f"BatchNorm{rank}d")(*args, **kwargs).double().train(training)
+        built = getattr(syncbn, f"SyncBatchNorm{rank}d")(*args, **kwargs).double()
         built.load_state_dict(right.state_dict())
         converted = syncbn.convert_sync_batchnorm(copy.deepcopy(right))
-        x, args, kwargs = given.forward_input.args[0], given.forward_input.args[1:], given.forward_input.kwargs
-        expected = outcome(right, x, args, kwargs)
+        expected = outcome(right, x, rest, options)
         for ours in (built.train(training), converted):
-            same(outcome(ours, x, args, kwargs), expected)
+            same(outcome(ours, x, rest, options), expected)
             for mine, other in zip(ours.buffers(), right.buffers(), strict=True):
                 assert error(mine, other.double()) <= EXACT
