@@ -58,8 +58,7 @@ def convert_sync_batchnorm(
         process_group: the ranks to synchronise over; None keeps the group of a layer that has one, and means the
             default group for the others.
         only: convert just some: a predicate (name, layer) -> bool, or name patterns such as "backbone.*".
-        on_unknown: "raise", or "skip" to leave layers alone whose own forward cannot be kept, be it their class's or
-            set on the object.
+        on_unknown: "raise", or "skip" to leave layers alone of which something would be lost.
 
     Converted: BatchNorm1d, 2d, 3d (to SyncBatchNorm1d, 2d, 3d), their lazy forms (on first use), subclasses with the
     same forward, timm's BatchNormAct2d and SyncBatchNormAct, nn.SyncBatchNorm, and classes given to
@@ -70,8 +69,9 @@ def convert_sync_batchnorm(
         module; only a registered converter can make it another object. `conversion_report` says what happened.
 
     Raises:
-        TypeError: for a batch norm with a forward of its own, its class's or set on the object as accelerate's hooks
-            do, or a module that is compiled, scripted or inside DistributedDataParallel. Nothing has been changed then.
+        TypeError: for a batch norm of which something would be lost, by its path: a forward of its own, its class's or
+            set on the object as accelerate's hooks do, an `activation` of its own, a class that cannot be extended;
+            and for a module that is compiled, scripted or inside DistributedDataParallel. Nothing has been changed then.
 
     Call it alike on every rank, before wrapping the model in DistributedDataParallel.
     """
@@ -110,8 +110,8 @@ def revert_sync_batchnorm(module: M) -> M:
     In eval the output keeps its bits. Afterwards nothing of module communicates.
 
     Raises:
-        TypeError: for a synchronized layer with a layout or forward of its own, its class's or set on the object.
-            Nothing has been changed then.
+        TypeError: for a synchronized layer with a layout or forward of its own, its class's or set on the object, or
+            a subclass with another part of the call of its own. Nothing has been changed then.
     """
     return cast(M, _revert(module)[0])
 

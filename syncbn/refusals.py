@@ -57,7 +57,7 @@ def why_not_sync(layer: nn.Module) -> Refusal | None:
     if own := classes.own_state(cls):
         rule = f"A synchronized layer reads the {own} that is stored, not one that its class computes"
         return Refusal(f"its {own} is computed by its class", rule, "Use torch.nn.utils.parametrize")
-    return _fixed(layer, classes.sync_class)
+    return _unfollowed(layer) or _fixed(layer, classes.sync_class)
 
 
 def why_not_plain(layer: nn.Module) -> Refusal | None:
@@ -79,7 +79,7 @@ def refuse_unfreezable(layers: list[tuple[str, Any]], change: Callable[[type], t
     """TypeError for a layer whose mode or class is not freeze's or unfreeze's to decide."""
     for name, layer in layers:
         is_done = change is classes.frozen and isinstance(layer, classes.Frozen)
-        refusal = None if is_done else _fixed(layer, change)
+        refusal = None if is_done else _unfollowed(layer) or _fixed(layer, change)
         if watched.is_own(layer, "train"):
             rule = "A layer is frozen by its class, which a train that was set on the object hides"
             refusal = Refusal("its train was set on the object", rule, "Remove it first: del layer.train")
@@ -103,15 +103,18 @@ def _hidden(own: str) -> Refusal:
     return Refusal(f"its {own} was set on the object", rule, f"Swap first and set it afterwards; {take_off}")
 
 
+def _unfollowed(layer: nn.Module) -> Refusal | None:
+    """For a layer of a class that could not be pickled with another before it."""
+    own = classes.own_recipe(swap.plain_type(layer))
+    rule = f"A layer is swapped by a class that extends its own, and pickled by that; its {own} cannot follow"
+    return None if own is None else Refusal(f"its class has a {own} of its own", rule)
+
+
 def _fixed(layer: nn.Module, change: Callable[[type], type]) -> Refusal | None:
-    """For a layer whose class cannot be changed so, or could not be pickled afterwards."""
-    if own := classes.own_recipe(swap.plain_type(layer)):
-        rule = f"A layer is swapped by a class that extends its own, and pickled by that; its {own} cannot follow"
-        return Refusal(f"its class has a {own} of its own", rule)
-    if why := swap.why_fixed(layer, change):
-        rule = f"A layer is swapped by a class that extends its own, which this class does not allow ({why})"
-        return Refusal("its class cannot be extended", rule)
-    return None
+    """For a layer whose class cannot be changed so."""
+    why = swap.why_fixed(layer, change)
+    rule = f"A layer is swapped by a class that extends its own, which this class does not allow ({why})"
+    return None if why is None else Refusal("its class cannot be extended", rule)
 
 
 def _own_method(cls: type) -> str | None:

@@ -121,6 +121,12 @@ def test_other_libraries_sync_layers_are_reverted_by_structure() -> None:
         syncbn.revert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), foreign(False, True)))
 
 
+def test_another_librarys_pickling_is_no_obstacle() -> None:
+    """A layer known by its name becomes an ordinary one whatever its class says of pickles."""
+    layer = type("SyncBatchNorm", (NaiveSyncBatchNorm,), {"__reduce__": lambda self: (nn.BatchNorm2d, (3,))})(3)
+    assert type(syncbn.revert_sync_batchnorm(layer)) is classes.BatchNorm
+
+
 def test_a_layer_built_synchronized_reverts_with_its_activation() -> None:
     """A fused layer of ours becomes an ordinary one that still adds the residual and activates."""
     layer = syncbn.SyncBatchNorm(3, activation="silu")
