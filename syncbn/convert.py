@@ -71,7 +71,8 @@ def convert_sync_batchnorm(
     Raises:
         TypeError: for a batch norm of which something would be lost, by its path: a forward of its own, its class's or
             set on the object as accelerate's hooks do, an `activation` of its own, a class that cannot be extended;
-            and for a module that is compiled, scripted or inside DistributedDataParallel. Nothing has been changed then.
+            and for a module that is compiled, scripted or inside DistributedDataParallel. Nothing has been changed
+            then.
 
     Call it alike on every rank, before wrapping the model in DistributedDataParallel.
     """
