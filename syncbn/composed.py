@@ -6,7 +6,6 @@ These are operations that a tracer takes down one by one and autograd differenti
 collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,34 +20,44 @@ from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
-_UNMAPPED = contextlib.nullcontext()
 
 
-def is_needed(x: Tensor, residual: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether a call is traced, or its x or residual is dual, without storage or a subclass's, or torch.func
-    transforms any of its tensors, of which others are the rest.
+def is_needed(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+) -> bool:
+    """Whether a call is compiled, or its x or residual is dual, without storage or a subclass's, or torch.func
+    transforms any of its tensors.
     """
     return (
         torch.compiler.is_compiling()
         or type(x) not in _ORDINARY
         or (residual is not None and (type(residual) not in _ORDINARY or residual.is_meta))
-        or (torch._C._are_functorch_transforms_active() and _are_any_wrapped(x, residual, *others))
+        or (
+            torch._C._are_functorch_transforms_active() and _wraps_any(x, residual, weight, bias, mask, *statistics[:3])
+        )
         or forward_ad._current_level >= 0
         or x.is_meta
-        or torch._C._get_tracing_state() is not None
     )
 
 
-def _are_any_wrapped(*given: Tensor | None) -> bool:
+def _wraps(*given: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
 
 
-def unmapped() -> contextlib.AbstractContextManager[Any]:
-    """Within it, no transform of torch.func is in force, for a call of which it transforms no tensor.
+def unmapped(function: Callable[..., Any], *given: Any) -> Any:
+    """function(*given) with no transform of torch.func in force, for a call of which it transforms no tensor.
 
     Such is a call that is recomputed for a backward which is mapped over; in its first pass there was no transform.
     """
-    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else _UNMAPPED
+    if not torch._C._are_functorch_transforms_active():
+        return function(*given)
+    with temporarily_clear_interpreter_stack():
+        return function(*given)
 
 
 def normalize_batch(

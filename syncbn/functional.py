@@ -101,21 +101,23 @@ def over_group(
 
     A call like an earlier one has been checked, but for its numbers.
     """
-    eps, momentum = checks.check_numbers(eps, statistics[3], training or statistics[0] is None)
-    statistics = (*statistics[:3], momentum)
-    inside = composed.is_needed(x, residual, mask, weight, bias, *statistics[:3])
+    of_batch, traced = training or statistics[0] is None, torch._C._get_tracing_state() is not None
+    eps, momentum = checks.check_numbers(eps, statistics[3], of_batch)
+    if momentum is not statistics[3]:
+        statistics = (*statistics[:3], momentum)
+    inside = of_batch and (traced or composed.is_needed(x, residual, weight, bias, mask, statistics))
     if training and mask is None and not inside:
         done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
         if done is not None:
             return done
     given = (x, training, statistics, weight, bias, residual, activation, mask)
-    symbolic.untraced(checks.check_call, *given) if torch._C._get_tracing_state() else checks.check_call(*given)
+    symbolic.untraced(checks.check_call, *given) if traced else checks.check_call(*given)
     mask = None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
     if running is not None and not training:
         return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
     if mask is None and group is None:
-        symbolic.untraced(checks.check_batch_size, x) if torch._C._get_tracing_state() else checks.check_batch_size(x)
+        symbolic.untraced(checks.check_batch_size, x) if traced else checks.check_batch_size(x)
     epilogue = Epilogue(weight, bias, residual, mask, activation)
     if inside:
         if not torch.compiler.is_compiling():
@@ -124,8 +126,7 @@ def over_group(
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
     epilogue = epilogue._replace(residual=residual)
     options = Options(eps, activation, group, running, torch.is_grad_enabled())
-    with composed.unmapped():
-        y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+    y: Tensor = composed.unmapped(NormalizeBatch.apply, x, weight, bias, residual, mask, options)
     if mask is None:
         direct.remember(x, epilogue, running)
     return y
