@@ -37,9 +37,7 @@ def is_needed(
         torch.compiler.is_compiling()
         or type(x) not in _ORDINARY
         or (residual is not None and (type(residual) not in _ORDINARY or residual.is_meta))
-        or (
-            torch._C._are_functorch_transforms_active() and _wraps_any(x, residual, weight, bias, mask, *statistics[:3])
-        )
+        or (torch._C._are_functorch_transforms_active() and _wraps(x, residual, weight, bias, mask, *statistics[:3]))
         or forward_ad._current_level >= 0
         or x.is_meta
     )
