@@ -141,7 +141,7 @@ def derive(mixin: type, under: Any) -> type:
 _KEPT = ("_check_input_dim", "reset_parameters", "extra_repr")
 """Methods of a mixin that give way to those of the class behind it, which say how its layers differ from others."""
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_RECIPES = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+_RECIPES = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def _has_own(cls: type, name: str) -> bool:
@@ -151,8 +151,20 @@ def _has_own(cls: type, name: str) -> bool:
 
 def own_recipe(cls: type) -> str | None:
     """What of a class makes or pickles its objects in a way that a class derived from it cannot follow."""
-    found = (name for name in _RECIPES if _has_own(cls, name))
-    return None if issubclass(cls, _Derived) else next(found, None)
+    if issubclass(cls, _Derived):
+        return None
+    if not _is_made_of_nothing(cls):
+        return "__new__"
+    return next((name for name in _RECIPES if _has_own(cls, name)), None)
+
+
+def _is_made_of_nothing(cls: Any) -> bool:
+    """Whether __new__ needs no more than the class."""
+    try:
+        inspect.signature(cls.__new__).bind(cls)
+    except TypeError:
+        return False
+    return True
 
 
 def own_state(cls: type) -> str | None:
@@ -181,6 +193,8 @@ def sync_class(cls: Any) -> type:
     """The synchronized class for a class that can be; not a subclass of nn.SyncBatchNorm, which DDP refuses on CPU."""
     if vars(cls).get("_mixin") is Frozen:
         return derive(Frozen, sync_class(cls._under))
+    if issubclass(cls, SyncBatchNorm):
+        return cls  # type: ignore[no-any-return]  # a class
     if issubclass(cls, BatchNorm):
         if hasattr(cls, "_under"):
             return sync_class(cls._under)

@@ -39,7 +39,8 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
             change_class(layer, frozen)
             layer.train(layer.training)
         if not train_affine:
-            taken = [(name, p) for name, p in layer.named_parameters() if p.requires_grad and _is_affine(name)]
+            named = [(name, p) for name, p in layer.named_parameters() if _is_affine(name)]
+            taken = [(name, p) for name, p in named if p.requires_grad and p.is_leaf]
             if taken:
                 layer.__dict__.setdefault("_frozen_parameters", []).extend(taken)
             for _, parameter in taken:

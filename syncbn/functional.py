@@ -112,24 +112,37 @@ def over_group(
             return done
     given = (x, training, statistics, weight, bias, residual, activation, mask)
     symbolic.untraced(checks.check_call, *given) if traced else checks.check_call(*given)
-    mask = None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
     running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
+    epilogue = Epilogue(weight, bias, residual, mask, activation)
     if running is not None and not training:
-        return _evaluate(x, running, Epilogue(weight, bias, residual, mask, activation), eps)
+        return _evaluate(x, running, _whole(x, epilogue), eps)
     if mask is None and group is None:
         symbolic.untraced(checks.check_batch_size, x) if traced else checks.check_batch_size(x)
-    epilogue = Epilogue(weight, bias, residual, mask, activation)
     if inside:
         if not torch.compiler.is_compiling():
             checks.check_mapped(x, mask, statistics[0] if training else None)
-        return composed.normalize_batch(x, epilogue, eps, comm.name_of(group), running)
-    x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
-    epilogue = epilogue._replace(residual=residual)
-    options = Options(eps, activation, group, running, torch.is_grad_enabled())
-    y: Tensor = composed.unmapped(NormalizeBatch.apply, x, weight, bias, residual, mask, options)
-    if mask is None:
-        direct.remember(x, epilogue, running)
+        return composed.normalize_batch(x, _whole(x, epilogue), eps, comm.name_of(group), running)
+    y: Tensor = composed.unmapped(_normalize, group, x, running, epilogue, eps)
     return y
+
+
+def _normalize(
+    group: ProcessGroup | None, x: Tensor, running: Running | None, epilogue: Epilogue, eps: float
+) -> Tensor:
+    """With the batch's statistics, by a back-end."""
+    weight, bias, residual, mask, activation = _whole(x, epilogue)
+    x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
+    options = Options(eps, activation, group, running, torch.is_grad_enabled())
+    y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
+    if mask is None:
+        direct.remember(x, epilogue._replace(residual=residual), running)
+    return y
+
+
+def _whole(x: Tensor, epilogue: Epilogue) -> Epilogue:
+    """With the mask at its full shape, (N, *S)."""
+    mask = epilogue.mask
+    return epilogue if mask is None else epilogue._replace(mask=mask.expand(x.shape[0], *x.shape[2:]))
 
 
 def _evaluate(x: Tensor, running: Running, epilogue: Epilogue, eps: float) -> Tensor:

@@ -72,6 +72,9 @@ def why_not_plain(layer: nn.Module) -> Refusal | None:
         )
     if own := _own_method(classes.thawed(swap.plain_type(layer))):
         return Refusal(f"its {own} is its own", f"A subclass with a {own} of its own has no ordinary counterpart")
+    if swap.channels_of(layer) is None:
+        rule = "An ordinary batch norm has a number of channels, of which this layer's tensors say nothing"
+        return Refusal("its channels are not known", rule)
     return _fixed(layer, lambda cls: classes.plain_class(cls, swap.activation_of(layer) is not None))
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from syncbn import classes, watched
 from syncbn.module import SyncBatchNorm
@@ -23,30 +22,40 @@ _STRUCTURE = ("eps", "momentum", "weight", "bias", "running_mean", "running_var"
 
 
 def change_class(layer: nn.Module, change: Callable[[type], type]) -> None:
-    """layer.__class__ = change(its class); a parametrization stays on top, where torch expects to remove it."""
+    """layer.__class__ = change(its class); what torch put on top stays there, where torch expects to remove it."""
     watched.forget_bound(layer)
-    object.__setattr__(layer, "__class__", _changed(layer, change))
+    object.__setattr__(layer, "__class__", _changed(type(layer), change))
 
 
 def why_fixed(layer: nn.Module, change: Callable[[type], type]) -> str | None:
     """What Python or the class itself has against that change; nothing has been changed."""
     try:
-        probe = object.__new__(type(layer))
-        object.__setattr__(probe, "__class__", _changed(layer, change))
+        changed = _changed(type(layer), change)
+        if not hasattr(layer, "__del__"):  # else the probe's would be run
+            probe = object.__new__(type(layer))
+            object.__setattr__(probe, "__class__", changed)
     except TypeError as error:
         return str(error)
     return None
 
 
-def _changed(layer: nn.Module, change: Callable[[type], type]) -> type:
-    cls = type(layer)
-    if not parametrize.is_parametrized(layer):
+def _changed(cls: Any, change: Callable[[type], type]) -> type:
+    if not _is_wrapper(cls):
         return change(cls)
-    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "__deepcopy__", "__doc__")}
-    base = change(cls.__bases__[0])
-    if not hasattr(base, "__deepcopy__"):
-        own["__deepcopy__"] = _deepcopy
-    return type(f"Parametrized{base.__name__}", (base,), own)
+    *others, inner = cls.__bases__
+    base = _changed(inner, change)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+    if not others:  # torch's parametrizations give a class without one theirs
+        own.pop("__deepcopy__", None)
+        own |= {} if hasattr(base, "__deepcopy__") else {"__deepcopy__": _deepcopy}
+    return type(cls.__name__.removesuffix(inner.__name__) + base.__name__, (*others, base), own)
+
+
+def _is_wrapper(cls: Any) -> bool:
+    """Whether torch put this class on top of a layer's: for a parametrization, or FSDP's or another parallelism."""
+    *others, inner = cls.__bases__
+    is_parametrized = not others and cls.__name__ == f"Parametrized{inner.__name__}"
+    return is_parametrized or (len(others) == 1 and cls.__module__.startswith("torch.distributed."))
 
 
 def _deepcopy(layer: Any, memo: dict[int, Any]) -> Any:
@@ -57,22 +66,31 @@ def _deepcopy(layer: Any, memo: dict[int, Any]) -> Any:
 
 
 class State(NamedTuple):
-    """A layer's class and attributes at a time."""
+    """A layer's class, also without what torch put on top, and its attributes at a time."""
 
     cls: type
+    plain: Any
     attributes: dict[str, Any]
 
     @classmethod
     def of(cls, layer: nn.Module) -> "State":
-        return cls(type(layer), dict(layer.__dict__))
+        return cls(type(layer), plain_type(layer), dict(layer.__dict__))
 
 
 def restore(layer: nn.Module, before: State, then: State) -> None:
     """Undo a change of class that made `then` of `before`; what was done to the layer since stays."""
+
+    def back(now: Any) -> type:
+        if now is classes.frozen(then.plain):
+            return classes.frozen(before.plain)
+        if now in (then.plain, classes.thawed(then.plain)):
+            return before.plain if now is then.plain else classes.thawed(before.plain)  # type: ignore[no-any-return]
+        return classes.sync_class(now)  # a lazy layer that was used, or one that was synchronized
+
     if type(layer) is then.cls:
         object.__setattr__(layer, "__class__", before.cls)
-    else:  # frozen, thawed, parametrized, or a lazy layer that was used
-        change_class(layer, classes.sync_class)
+    else:
+        change_class(layer, back)
     own = layer.__dict__
     for name in before.attributes.keys() | then.attributes.keys():
         was, became = (state.attributes.get(name, _MISSING) for state in (before, then))
@@ -84,9 +102,11 @@ _MISSING = object()
 
 
 def plain_type(layer: nn.Module) -> Any:
-    """layer's class without a parametrization on top."""
-    cls = type(layer)
-    return cls.__bases__[0] if parametrize.is_parametrized(layer) else cls
+    """layer's class without what torch put on top."""
+    cls: Any = type(layer)
+    while _is_wrapper(cls):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
@@ -122,6 +142,13 @@ def activation_of(layer: nn.Module) -> str | None:
     return activation
 
 
+def channels_of(layer: Any) -> int | None:
+    """num_features, as the layer or its tensors say; None if nothing does."""
+    if isinstance(layer, _BatchNorm) and "num_features" in layer.__dict__:
+        return layer.num_features
+    return next((t.numel() for t in (layer.running_mean, layer.weight, layer.bias) if t is not None), None)
+
+
 def make_plain(layer: Any) -> None:
     """Give a synchronized layer its ordinary class, in place."""
     activation = activation_of(layer)
@@ -131,8 +158,7 @@ def make_plain(layer: Any) -> None:
     elif was_built(layer):
         del layer.activation
     layer.__dict__.pop("process_group", None)
-    if not isinstance(layer, _BatchNorm) or "num_features" not in layer.__dict__:
-        layer.num_features = next(t.numel() for t in (layer.running_mean, layer.weight) if t is not None)
+    layer.num_features = channels_of(layer)
     layer.__dict__.setdefault("affine", layer.weight is not None)
     layer.__dict__.setdefault("track_running_stats", layer.running_mean is not None)
     if "num_batches_tracked" not in layer._buffers:

@@ -33,10 +33,13 @@ class Leaf:
 
 
 def _tracer_of_call(frame: FrameType | None) -> Tracer | None:
-    """Whose call_module is calling, from this frame of the Python stack outwards; None if it traces operations."""
+    """Whose call_module is calling, from this frame of the Python stack outwards.
+
+    None if it traces operations, or runs a module for a shape while it writes the node of one down.
+    """
     from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
-    while frame is not None:
+    while frame is not None and frame.f_code is not Leaf._call_impl.__code__:
         tracer = frame.f_locals.get("self") if frame.f_code.co_name == "call_module" else None
         if isinstance(tracer, Tracer):
             return None if isinstance(tracer, PythonKeyTracer) else tracer
