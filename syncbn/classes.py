@@ -162,7 +162,7 @@ def _is_made_of_nothing(cls: Any) -> bool:
     """Whether __new__ needs no more than the class."""
     try:
         inspect.signature(cls.__new__).bind(cls)
-    except TypeError:
+    except (TypeError, ValueError):  # it takes more, or does not say what
         return False
     return True
 

@@ -83,6 +83,8 @@ def refuse_unfreezable(layers: list[tuple[str, Any]], change: Callable[[type], t
     for name, layer in layers:
         is_done = change is classes.frozen and isinstance(layer, classes.Frozen)
         refusal = None if is_done else _unfollowed(layer) or _fixed(layer, change)
+        if change is classes.thawed and classes.thawed(cls := swap.plain_type(layer)) is cls:
+            refusal = Refusal("its class was derived from a frozen one", "Only what was frozen last can be thawed")
         if watched.is_own(layer, "train"):
             rule = "A layer is frozen by its class, which a train that was set on the object hides"
             refusal = Refusal("its train was set on the object", rule, "Remove it first: del layer.train")

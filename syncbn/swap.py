@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from syncbn import classes, watched
 from syncbn.module import SyncBatchNorm
@@ -53,9 +54,9 @@ def _changed(cls: Any, change: Callable[[type], type]) -> type:
 
 def _is_wrapper(cls: Any) -> bool:
     """Whether torch put this class on top of a layer's: for a parametrization, or FSDP's or another parallelism."""
-    *others, inner = cls.__bases__
-    is_parametrized = not others and cls.__name__ == f"Parametrized{inner.__name__}"
-    return is_parametrized or (len(others) == 1 and cls.__module__.startswith("torch.distributed."))
+    refusal = vars(cls).get("__getstate__")  # to be pickled, which each parametrized class has
+    is_parametrized = getattr(refusal, "__module__", None) == parametrize.__name__
+    return is_parametrized or (len(cls.__bases__) == 2 and cls.__module__.startswith("torch.distributed."))
 
 
 def _deepcopy(layer: Any, memo: dict[int, Any]) -> Any:
@@ -80,11 +81,13 @@ class State(NamedTuple):
 def restore(layer: nn.Module, before: State, then: State) -> None:
     """Undo a change of class that made `then` of `before`; what was done to the layer since stays."""
 
-    def back(now: Any) -> type:
-        if now is classes.frozen(then.plain):
+    def back(now: Any) -> Any:
+        if now is then.plain:
+            return before.plain
+        if classes.thawed(now) is then.plain:  # frozen since
             return classes.frozen(before.plain)
-        if now in (then.plain, classes.thawed(then.plain)):
-            return before.plain if now is then.plain else classes.thawed(before.plain)  # type: ignore[no-any-return]
+        if classes.thawed(then.plain) is now:  # thawed since
+            return classes.thawed(before.plain)
         return classes.sync_class(now)  # a lazy layer that was used, or one that was synchronized
 
     if type(layer) is then.cls:

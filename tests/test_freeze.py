@@ -149,3 +149,10 @@ def test_a_lazy_layer_can_be_frozen() -> None:
     assert not any(p.requires_grad for p in net.parameters())
     net(torch.randn(4, 3, 5, 5))
     assert all(p.requires_grad for p in syncbn.unfreeze(net).parameters())
+
+
+def test_what_is_derived_from_a_frozen_class_says_that_it_cannot_thaw() -> None:
+    """A class of a user's above a frozen one is refused, not left frozen silently."""
+    layer = type("Above", (type(syncbn.freeze(nn.BatchNorm2d(3))),), {})(3)
+    with pytest.raises(TypeError, match="frozen last"):
+        syncbn.unfreeze(nn.Sequential(layer))

@@ -1,17 +1,20 @@
 """FSDP2: a net whose parameters are sharded by fully_shard trains as in one process with the whole batch."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 import syncbn
+from syncbn import classes
 from tests.nets import Net, batch, sums_taken
 from tests.oracle import UNIT, error
 from tests.ranks import RankPool
@@ -82,3 +85,39 @@ def _mixed(reduce_dtype: torch.dtype) -> None:
 def test_mixed_precision(ranks: RankPool, reduce_dtype: torch.dtype) -> None:
     """Under a policy with bfloat16 parameters the output has the bits of a net cast so; buffers stay float32."""
     ranks.run(2, _mixed, reduce_dtype)
+
+
+Change = Callable[[nn.Module], Any]
+CHAINS: dict[str, tuple[Change, ...]] = {
+    "sharded, converted": (syncbn.convert_sync_batchnorm,),
+    "sharded, frozen, thawed": (syncbn.freeze, syncbn.unfreeze),
+    "sharded, converted, frozen, thawed": (syncbn.convert_sync_batchnorm, syncbn.freeze, syncbn.unfreeze),
+    "sharded, converted, reverted": (syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm),
+}
+
+
+def _swapped(name: str, before: Change | None) -> None:
+    norm = nn.BatchNorm2d(3)
+    if before is not None:
+        before(norm)
+    net = sharded(nn.Sequential(nn.Conv2d(3, 3, 1), norm))
+    for change in CHAINS[name] if before is None else (syncbn.unfreeze,):
+        change(net)
+        assert isinstance(net[1], FSDPModule)
+        assert isinstance(net[1], nn.BatchNorm2d)
+    assert isinstance(net[1], syncbn.SyncBatchNorm) == (before is None and name in list(CHAINS)[::2])
+    assert not isinstance(net[1], classes.Frozen)
+    net.train()(torch.randn(4, 3, 5, 5)).square().sum().backward()
+    assert net[1].num_batches_tracked == 1
+    assert net[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_layer_that_is_a_unit_of_its_own_can_be_swapped(ranks: RankPool, name: str) -> None:
+    """A sharded layer is converted, frozen, thawed and reverted beneath what FSDP put on top of it, which stays."""
+    ranks.run(2, _swapped, name, None)
+
+
+def test_a_layer_that_was_frozen_before_can_be_thawed(ranks: RankPool) -> None:
+    """A layer that was frozen and then sharded thaws."""
+    ranks.run(2, _swapped, "", syncbn.freeze)

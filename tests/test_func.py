@@ -214,3 +214,33 @@ def test_a_transform_of_any_argument_within_a_backward(ranks: RankPool, name: st
     """Transforms of a weight, a mask or nothing of a call are right in a backward and in a recomputed region."""
     _within(name)
     ranks.run(2, _within, name)
+
+
+def _around() -> None:
+    """x, residual and mask are of the outer world, the transform concerns a factor only."""
+    layer = syncbn.SyncBatchNorm(4, activation="silu").double()
+    x, residual, scale = samples(3, 4, 5), samples(3, 4, 5, seed=1), samples(4, seed=2)
+    masks = (None, torch.tensor([[True, False, True, True, True]]).expand(3, 5))
+    others: list[Callable[[Tensor, Tensor, Tensor | None], Tensor]] = [
+        lambda x, r, m: grad(lambda s: layer(x, r, m).pow(3).sum() * s.sum())(scale).sum(),
+        lambda x, r, m: vmap(lambda s: layer(x, r, m).pow(3).sum() * s)(scale).sum(),
+        lambda x, r, m: vmap(grad(lambda s: layer(x, r, m).pow(3).sum() * s.sin()))(scale).sum(),
+        lambda x, r, m: jvp(lambda s: layer(x, r, m).pow(3).sum() * s.sum(), (scale,), (scale,))[1],
+    ]
+    factors = (4.0, scale.sum(), scale.cos().sum(), scale.sum())
+    for mask in masks:
+        for number, (transformed, factor) in enumerate(zip(others, factors, strict=True)):
+            given, right = ([t.clone().requires_grad_() for t in (x, residual)] for _ in range(2))
+            layer.reset_running_stats()
+            with Collectives() as collectives:
+                dx, dresidual = torch.autograd.grad(transformed(*given, mask), given)
+            assert layer.num_batches_tracked == 1
+            assert collectives.count == 2, number
+            expected = torch.autograd.grad(layer(*right, mask).pow(3).sum() * factor, right)
+            assert error(dx, expected[0]) <= EXACT
+            assert error(dresidual, expected[1]) <= EXACT
+
+
+def test_a_transform_around_a_call_that_it_does_not_concern(ranks: RankPool) -> None:
+    """Gradients of the call's own tensors pass a transform of others; one collective each way, statistics move once."""
+    ranks.run(2, _around)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental import meta_tracer
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import syncbn
@@ -138,3 +139,13 @@ def test_a_trace_of_operations_looks_inside() -> None:
     graph = make_fx(layer)(torch.randn(4, 3))
     assert [n for n in graph.graph.nodes if n.op == "call_function"]
     assert not [n for n in graph.graph.nodes if n.op == "call_module"]
+
+
+@pytest.mark.filterwarnings("ignore:Could not compute metadata")  # of a CPU layer and a meta input
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tracer_that_runs_modules_for_their_shapes(training: bool) -> None:
+    """A tracer which, to write a node down, runs the module on meta tensors writes down one node."""
+    net = nn.Sequential(syncbn.SyncBatchNorm2d(3), nn.ReLU(), syncbn.SyncBatchNorm(3)).train(training)
+    graph = meta_tracer.symbolic_trace(net, meta_args={"input": torch.empty(2, 3, 4, 4, device="meta")})
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    assert graph(torch.randn(2, 3, 4, 4)).isfinite().all()

@@ -53,3 +53,37 @@ def test_a_lazy_layer_may_be_used_within_plain() -> None:
         net(X)
     assert type(net[0]) is syncbn.SyncBatchNorm2d
     assert net[0].num_features == 3
+
+
+def test_a_layer_may_be_converted_within_plain() -> None:
+    """Layers that are converted in the block, one or all, and frozen then, are synchronized after it, as the others."""
+    for only in ("0", "*"):
+        for freezes in (False, True):
+            net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+            with syncbn.plain(net):
+                syncbn.convert_sync_batchnorm(net, only=only)
+                if freezes:
+                    syncbn.freeze(net)
+            assert all(isinstance(m, classes.Frozen) == freezes for m in net)
+            assert [type(m) for m in syncbn.unfreeze(net)] == [syncbn.SyncBatchNorm2d] * 2
+
+
+@pytest.mark.parametrize("change", [syncbn.freeze, reparametrized], ids=["frozen", "parametrized"])
+def test_torchs_layer_is_torchs_after_plain(change: Callable[[nn.Module], Any]) -> None:
+    """An nn.SyncBatchNorm that is frozen or parametrized in the block is one after it."""
+    net = nn.Sequential(nn.SyncBatchNorm(3))
+    with syncbn.plain(net):
+        change(net[0])
+    assert isinstance(net[0], nn.SyncBatchNorm)
+    assert isinstance(net[0], classes.Frozen) == (change is syncbn.freeze)
+    assert type(syncbn.unfreeze(net)[0]) is nn.SyncBatchNorm or change is reparametrized
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_may_be_thawed_or_freed_within_plain(frozen: bool) -> None:
+    """What was frozen or parametrized before the block and is not after it is the synchronized layer beneath."""
+    layer = syncbn.SyncBatchNorm2d(3)
+    syncbn.freeze(layer) if frozen else reparametrized(layer)
+    with syncbn.plain(nn.Sequential(layer)) as net:
+        syncbn.unfreeze(net) if frozen else parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is syncbn.SyncBatchNorm2d

@@ -127,6 +127,24 @@ def test_another_librarys_pickling_is_no_obstacle() -> None:
     assert type(syncbn.revert_sync_batchnorm(layer)) is classes.BatchNorm
 
 
+class Bare(nn.Module):
+    """A layer of another library that holds no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.momentum = 1e-5, 0.1
+        self.weight = self.bias = self.running_mean = self.running_var = None
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_a_layer_that_says_nothing_of_its_channels_is_refused(pauses: bool) -> None:
+    """Reverting refuses it in words, and leaves the layers before it as they were."""
+    net = nn.Sequential(syncbn.SyncBatchNorm(3), type("SyncBatchNorm", (Bare,), {})())
+    with pytest.raises(TypeError, match=r"number of channels.*at '1'"):
+        syncbn.plain(net).__enter__() if pauses else syncbn.revert_sync_batchnorm(net)
+    assert type(net[0]) is syncbn.SyncBatchNorm
+
+
 def test_a_layer_built_synchronized_reverts_with_its_activation() -> None:
     """A fused layer of ours becomes an ordinary one that still adds the residual and activates."""
     layer = syncbn.SyncBatchNorm(3, activation="silu")

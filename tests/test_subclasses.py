@@ -56,7 +56,29 @@ class Slotted(nn.BatchNorm2d):
     __slots__ = ("extra",)
 
 
-SUBCLASSES = [Keyed, Named, Sealed, Listed, Abstract, Slotted, Tagged]
+class New(nn.BatchNorm2d):
+    """A class with a __new__ that needs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "New":
+        return super().__new__(cls)
+
+
+class Closing(nn.BatchNorm2d):
+    """A class whose objects have something to close."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.closes = 1
+
+    def __del__(self) -> None:
+        self.closes -= 1  # an object that was not made by __init__ would raise here
+
+
+class ParametrizedBatchNorm2d(nn.BatchNorm2d):
+    """A user's class that is called as torch calls those of parametrized layers."""
+
+
+SUBCLASSES = [ParametrizedBatchNorm2d, Keyed, Named, Sealed, Listed, Abstract, Slotted, Tagged, New, Closing]
 
 
 @pytest.mark.parametrize("cls", SUBCLASSES)
