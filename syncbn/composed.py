@@ -6,6 +6,7 @@ These are operations that a tracer takes down one by one and autograd differenti
 collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,15 +48,12 @@ def _wraps(*given: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
 
 
-def unmapped(function: Callable[..., Any], *given: Any) -> Any:
-    """function(*given) with no transform of torch.func in force, for a call of which it transforms no tensor.
+def unmapped() -> contextlib.AbstractContextManager[Any]:
+    """Within it, no transform of torch.func is in force, for a call of which it transforms no tensor.
 
     Such is a call that is recomputed for a backward which is mapped over; in its first pass there was no transform.
     """
-    if not torch._C._are_functorch_transforms_active():
-        return function(*given)
-    with temporarily_clear_interpreter_stack():
-        return function(*given)
+    return temporarily_clear_interpreter_stack()
 
 
 def normalize_batch(

@@ -122,20 +122,22 @@ def over_group(
         if not torch.compiler.is_compiling():
             checks.check_mapped(x, mask, statistics[0] if training else None)
         return composed.normalize_batch(x, _whole(x, epilogue), eps, comm.name_of(group), running)
-    y: Tensor = composed.unmapped(_normalize, group, x, running, epilogue, eps)
-    return y
+    if not torch._C._are_functorch_transforms_active():
+        return _normalize(group, x, running, epilogue, eps)
+    with composed.unmapped():
+        return _normalize(group, x, running, epilogue, eps)
 
 
 def _normalize(
     group: ProcessGroup | None, x: Tensor, running: Running | None, epilogue: Epilogue, eps: float
 ) -> Tensor:
     """With the batch's statistics, by a back-end."""
-    weight, bias, residual, mask, activation = _whole(x, epilogue)
+    weight, bias, residual, mask, activation = epilogue if epilogue.mask is None else _whole(x, epilogue)
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
     options = Options(eps, activation, group, running, torch.is_grad_enabled())
     y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     if mask is None:
-        direct.remember(x, epilogue._replace(residual=residual), running)
+        direct.remember(x, epilogue, running)
     return y
 
 
