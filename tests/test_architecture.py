@@ -125,6 +125,15 @@ def test_nothing_outgrows_its_limit(path: Path) -> None:
             assert length <= limit, f"{node.name} has {length} lines"
 
 
+def test_the_top_level_holds_what_the_plan_says() -> None:
+    """Five folders and files, license and changelog, and what begins with a dot: nothing that a test left is kept."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: what is kept is not known")
+    kept = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    tops = {name.split("/")[0] for name in kept.split("\0") if name and not name.startswith(".")}
+    assert tops == {"pyproject.toml", "syncbn", "launch", "tests", "benchmarks", "README.md", "LICENSE", "CHANGELOG.md"}
+
+
 def test_changelog_is_of_this_version() -> None:
     """The newest heading of CHANGELOG.md is the package's version."""
     headings = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
