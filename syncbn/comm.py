@@ -36,7 +36,7 @@ def peers(process_group: Group | None) -> ProcessGroup | None:
         return None
     if isinstance(process_group, DeviceMesh):
         if process_group.get_coordinate() is None:
-            raise NotAMember(dist.get_rank(), process_group.mesh.flatten().tolist(), is_sure=True)
+            raise NotAMember(dist.get_rank(), _ranks_of_mesh(process_group), is_sure=True)
         process_group = process_group.get_group()
     group = dist.group.WORLD if process_group is None else process_group
     assert group is not None, "initialised"
@@ -121,11 +121,17 @@ def ranks_of(process_group: Group | None) -> tuple[int, ...] | None:
     if process_group is None:
         return None
     if isinstance(process_group, DeviceMesh) and process_group.get_coordinate() is None:
-        return tuple(process_group.mesh.flatten().tolist())
+        return tuple(_ranks_of_mesh(process_group))
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
         return ()
     group = process_group.get_group() if isinstance(process_group, DeviceMesh) else process_group
     return tuple(dist.get_process_group_ranks(group))
+
+
+def _ranks_of_mesh(mesh: DeviceMesh) -> list[int]:
+    """Known on ranks outside of it, too, which have no group of it."""
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
 
 
 def group_of(ranks: tuple[int, ...] | None) -> ProcessGroup | None:

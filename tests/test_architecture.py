@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,9 +128,10 @@ def test_nothing_outgrows_its_limit(path: Path) -> None:
 
 def test_the_top_level_holds_what_the_plan_says() -> None:
     """Five folders and files, license and changelog, and what begins with a dot: nothing that a test left is kept."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout: what is kept is not known")
-    kept = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout, or no git to ask what is kept")
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+    kept = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     tops = {name.split("/")[0] for name in kept.split("\0") if name and not name.startswith(".")}
     assert tops == {"pyproject.toml", "syncbn", "launch", "tests", "benchmarks", "README.md", "LICENSE", "CHANGELOG.md"}
 

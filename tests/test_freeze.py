@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import syncbn
 from syncbn import classes
-from tests.layers import PLAIN, SHAPES, model
+from tests.layers import PLAIN, SHAPES, model, reparametrized
 from tests.ranks import RankPool
 
 
@@ -108,10 +108,6 @@ def _frozen_on_ranks() -> int:
 def test_frozen_layers_do_not_communicate(ranks: RankPool) -> None:
     """On two ranks in train mode a frozen model starts no collective, forward or backward."""
     assert ranks.run(2, _frozen_on_ranks) == [0, 0]
-
-
-def reparametrized(layer: nn.Module) -> None:
-    parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
 def pruned(layer: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import syncbn
-from tests.layers import Tagged, model
+from tests.layers import Tagged, model, reparametrized
 from tests.oracle import UNIT, error
 from tests.ranks import RankPool
 from tests.test_own_calls import assert_refused
@@ -246,10 +246,6 @@ def test_a_parametrized_layer_can_always_be_copied(chain: tuple[Callable[[nn.Mod
     other = copy.deepcopy(layer)
     assert type(other) is type(layer)
     assert torch.equal(other.eval()(X), layer.eval()(X))
-
-
-def reparametrized(layer: nn.Module) -> None:
-    parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
 def _torchs_and_ours(name: str) -> None:

@@ -10,12 +10,9 @@ from torch.nn.utils import parametrize
 
 import syncbn
 from syncbn import classes
+from tests.layers import reparametrized
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(5))
-
-
-def reparametrized(layer: nn.Module) -> None:
-    parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
 def momentum(layer: nn.Module) -> None:
