@@ -3,8 +3,9 @@
 from syncbn import functional
 from syncbn.classes import safe_globals
 from syncbn.comm import new_group
-from syncbn.convert import convert_sync_batchnorm, plain, register_converter, revert_sync_batchnorm
+from syncbn.convert import convert_sync_batchnorm, name_layers, plain, register_converter, revert_sync_batchnorm
 from syncbn.freeze import freeze, unfreeze
+from syncbn.inspection import checking
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncbn.report import conversion_report
 
@@ -14,10 +15,12 @@ __all__ = [
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "checking",
     "conversion_report",
     "convert_sync_batchnorm",
     "freeze",
     "functional",
+    "name_layers",
     "new_group",
     "plain",
     "register_converter",

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import comm, composed, recompute
+from syncbn import calls, composed, recompute
 from syncbn.backends import Backend, Epilogue, Running, select
+from syncbn.fingerprint import BACKWARD, FORWARD
+from syncbn.names import Call, Label
+from syncbn.recompute import Taken
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of x, weight, bias and residual."""
@@ -23,6 +26,7 @@ class Options(NamedTuple):
     activation: str | None
     group: ProcessGroup | None
     running: Running | None
+    label: Label
     recorded: bool = True
 
 
@@ -48,15 +52,17 @@ class NormalizeBatch(torch.autograd.Function):
         backend = select(x)
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
 
-        def take_sums() -> Tensor:
-            sums_local = backend.batch_sums(x, mask)
-            return comm.all_sum(sums_local, options.group)
+        def take() -> Taken:
+            group, activation = options.group, options.activation
+            call = None if group is None else Call(options.label, group, x, activation, ctx.needs_input_grad[0])
+            sums_local = backend.batch_sums(x, mask, calls.begin(call, FORWARD))
+            return Taken(calls.all_sum(sums_local, call), x.shape[1], call)
 
         with recompute.hidden():
-            sums, are_new = recompute.sums_once(take_sums, x.shape[1], options.recorded)
-            running = options.running if are_new else None
-            y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, running)
-        ctx.options, ctx.backend = options, backend
+            (sums, _, call), are_new = recompute.taken_once(take, x.shape[1], options.recorded)
+            running, mark = (options.running, calls.mark_of(call)) if are_new else (None, calls.NO_MARK)
+            y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, running, *mark)
+        ctx.options, ctx.backend, ctx.call = options, backend, call
         kept = residual if options.activation is not None else None  # only z's sign or value needs it again
         ctx.save_for_backward(x, weight, bias, kept, mask, mean, invstd, sums)
         return y
@@ -66,7 +72,7 @@ class NormalizeBatch(torch.autograd.Function):
         x, weight, bias, residual, mask, *statistics = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:4]
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        grads = gradients(dy, x, epilogue, statistics, options.eps, options.group, ctx.backend, needed)
+        grads = gradients(dy, x, epilogue, statistics, options.eps, ctx.call, ctx.backend, needed)
         return *grads, None, None
 
 
@@ -76,27 +82,30 @@ def gradients(
     epilogue: Epilogue,
     statistics: list[Tensor],
     eps: float,
-    group: ProcessGroup | None,
+    call: Call | None,
     backend: Backend,
     needed: tuple[bool, bool, bool, bool],
 ) -> Gradients:
-    """Those that are needed; statistics are mean, invstd and the sums of all ranks."""
+    """Those that are needed; statistics are mean, invstd and the sums of all ranks, call is None alone."""
     mean, invstd, sums = statistics
     dy = (
         dy if type(dy) is Tensor else dy.clone()
     ).resolve_neg()  # as kernels read it: it may be on its way, or negated
     if torch.is_grad_enabled() or not torch._C._has_storage(dy):  # create_graph=True, or dy is a batch of them
-        dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, comm.name_of(group), sums, needed)
+        dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, call, sums[:-2], needed)
         return dx, dweight, dbias, dresidual
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needed
     dsums = dweight = dbias = dx = dresidual = None
+    mark = calls.NO_MARK
     if needs_dx or needs_dweight or needs_dbias:
-        dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
+        tag = calls.begin(call, BACKWARD) if needs_dx else 0.0
+        dsums_local, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue, tag)
         if needs_dx:
-            dsums = comm.all_sum(dsums_local, group)
+            dsums, mark = calls.all_sum(dsums_local, call), calls.mark_of(call)
     if needs_dresidual and epilogue.activation is None and epilogue.mask is None:
         dresidual, needs_dresidual = dy, False
     if needs_dx or needs_dresidual:
-        dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], needs_dresidual)
+        count = sums[-3:-2]
+        dx, dz = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual, *mark)
         dresidual = dz if needs_dresidual else dresidual
     return dx, dweight, dbias, dresidual

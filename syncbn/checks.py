@@ -25,17 +25,17 @@ _REAL_NAMES = "float16, bfloat16, float32 or float64"
 def check_call(
     x: Tensor,
     training: bool,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool],
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
     mask: Tensor | None,
 ) -> None:
-    """Every check of a call but those of its numbers and group; statistics are mean, variance, counter and momentum."""
+    """Every check of a call but those of its numbers and group; statistics are as in direct.py."""
     check_input(x)
     check_channels(x, weight=weight, bias=bias, running_mean=statistics[0], running_var=statistics[1])
-    check_running(x, training, *statistics)
+    check_running(x, training, *statistics[:4])
     check_activation(activation)
     check_residual(x, residual)
     check_mask(x, mask)
@@ -174,14 +174,21 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
             "Pass one of its dimensions, e.g. mesh['dp']."
         )
     try:
-        return comm.peers(process_group)
+        group = comm.peers(process_group)
     except comm.NotAMember as error:
-        group = "it" if error.is_sure else "the newest group without this rank"
+        named = "it" if error.is_sure else "the newest group without this rank"
         raise ValueError(
             f"A rank must belong to the process_group it synchronises over; got rank {error.rank} outside of it: "
-            f"{group} has ranks {error.ranks}. Give each rank the group that contains it, as syncbn.new_group does; "
+            f"{named} has ranks {error.ranks}. Give each rank the group that contains it, as syncbn.new_group does; "
             "dist.new_group returns a usable group to its members only."
         ) from None
+    if group is not None and not torch.compiler.is_compiling() and comm.is_joining():
+        raise RuntimeError(
+            "DistributedDataParallel.join() stands in for a rank that has run dry in DDP's own collectives only, and a "
+            "synchronized layer would wait for it; got a training call of one within join(). "
+            "Leave join() away and wrap the loader, syncbn.EvenLoader(loader), which gives such a rank empty batches."
+        )
+    return group
 
 
 def check_symbolic(argument: object) -> None:

@@ -13,6 +13,7 @@ from syncbn import watched
 from syncbn.backends import LEAKY_SLOPE
 from syncbn.functional import finish
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncbn.names import Label
 from syncbn.symbolic import Leaf
 
 
@@ -265,4 +266,4 @@ def safe_globals(*classes: type) -> list[Callable[..., Any] | tuple[Callable[...
     made |= {frozen(cls) for cls in (*ordinary, *classes, *made, SyncBatchNorm, BatchNorm, *_ACTIVATED)}
     # each by a name of its own: classes of two libraries may be called alike
     named = [(cls, f"{cls.__name__} {id(cls)}") for cls in made]
-    return [rebuild, Frozen, SyncBatchNorm, BatchNorm, *_ACTIVATED, *_BUILT, *ordinary, *classes, *named]
+    return [rebuild, Label, Frozen, SyncBatchNorm, BatchNorm, *_ACTIVATED, *_BUILT, *ordinary, *classes, *named]

@@ -4,20 +4,26 @@ No process group, an uninitialised one and a group of one are the same case: the
 """
 
 import contextlib
+import datetime
 import os
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 Group = ProcessGroup | DeviceMesh
 """What a process_group argument may be; a mesh must have one dimension."""
 
 _made: dict[tuple[ProcessGroup, int], ProcessGroup] = {}
 """What `new_group` made, by default group and size."""
+_sides: "weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup]" = weakref.WeakKeyDictionary()
+"""What `side_group` made."""
 
 
 class NotAMember(Exception):
@@ -163,3 +169,56 @@ def joined(device_type: str | None = None) -> Iterator[tuple[int, int, torch.dev
         yield dist.get_rank(), dist.get_world_size(), device, transport
     finally:
         dist.destroy_process_group()
+
+
+def world() -> ProcessGroup | None:
+    """The default group, if there is one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def rank() -> int:
+    """Of this process in the default group."""
+    return dist.get_rank()
+
+
+def progress_of(group: ProcessGroup) -> int:
+    """How many collectives of any kind this rank has started on the group; 0 if its transport does not count."""
+    try:
+        started: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # not in its stubs
+    except RuntimeError:
+        return 0
+    return started
+
+
+def own_store(prefix: str, seconds: float) -> Any:
+    """A connection to the default group's store that is nobody else's, with a time limit of its own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()
+    store.set_timeout(datetime.timedelta(seconds=seconds))
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # torch exports it
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """Whose forward is running."""
+    return DistributedDataParallel._active_ddp_module
+
+
+def is_joining() -> bool:
+    """Whether this call is within a DistributedDataParallel whose `join()` is in force."""
+    ddp = active_ddp()
+    return ddp is not None and ddp._join_config.enable
+
+
+def rank_in(group: ProcessGroup) -> int:
+    """Of this process among the group's."""
+    return dist.get_rank(group)
+
+
+def side_group(group: ProcessGroup, seconds: float) -> ProcessGroup:
+    """A gloo group of the same ranks, made once, by its members alone, for messages between hosts."""
+    side = _sides.get(group)
+    if side is None:
+        timeout = datetime.timedelta(seconds=seconds) if seconds else None
+        ranks = dist.get_process_group_ranks(group)
+        side = _sides[group] = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+    return side

@@ -16,9 +16,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from syncbn import comm, recompute
+from syncbn import calls, comm, recompute
 from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
+from syncbn.fingerprint import BACKWARD, FORWARD
+from syncbn.names import Call
+from syncbn.recompute import Taken
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -29,7 +32,7 @@ def is_needed(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool],
 ) -> bool:
     """Whether a call is compiled, or its x or residual is dual, without storage or a subclass's, or torch.func
     transforms any of its tensors.
@@ -63,15 +66,17 @@ def normalize_batch(
     group_name: str | None,
     running: Running | None = None,
     known: Tensor | None = None,
+    call: Call | None = None,
 ) -> Tensor:
     """y, differentiable; moves the running statistics, if given. Without a group this rank is alone.
 
     known is the sums of all ranks where they were summed before; then gradients alone are communicated.
+    call is this one, where it is not written to a graph.
     """
     weight, bias, residual, mask, activation = epilogue
     x, residual = masked(x, mask), None if residual is None else masked(residual, mask)
-    sums, are_new = _sums_of_all(batch_sums(x, mask), group_name, known)
-    mean64, var64, count = moments(sums)
+    sums, are_new = _sums_of_all(batch_sums(x, mask), group_name, known, call)
+    mean64, var64, count = moments(sums, x.shape[1])
     if running is not None:
         _move(running, mean64.detach(), var64.detach(), count.detach(), are_new)
     dtype = compute_dtype(x.dtype)
@@ -85,7 +90,7 @@ def gradients(
     x: Tensor,
     epilogue: Epilogue,
     eps: float,
-    group_name: str | None,
+    call: Call | None,
     known: Tensor,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
@@ -97,7 +102,8 @@ def gradients(
         assert alias[0] is not None, "x is always given"
         weight, bias, residual = alias[1:]
         aliased = epilogue._replace(weight=weight, bias=bias, residual=residual)
-        y = normalize_batch(alias[0], aliased, eps, group_name, None, known)
+        group_name = None if call is None else comm.name_of(call.group)
+        y = normalize_batch(alias[0], aliased, eps, group_name, None, known, call)
         wanted = [t for t, need in zip(alias, needed, strict=True) if t is not None and need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
     found = [next(grads) if t is not None and need else None for t, need in zip(alias, needed, strict=True)]
@@ -138,10 +144,12 @@ def _pivot(x: Tensor, dims: list[int]) -> Tensor:
     return few.sum(dims, dtype=torch.float32) / (count.clamp_min(1) if isinstance(count, Tensor) else max(1, count))
 
 
-def _sums_of_all(sums: Tensor, group_name: str | None, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _sums_of_all(
+    sums: Tensor, group_name: str | None, known: Tensor | None, call: Call | None
+) -> tuple[Tensor, Tensor | None]:
     """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
-        return sums if group_name is None else _all_sum(sums, group_name, 1, known), None
+        return sums if group_name is None else _all_sum(sums, group_name, 1, known, call=call), None
     site = recompute.graph_site() if torch.compiler.is_compiling() else ""
     if site:
         packed = torch.ops.syncbn.all_sum(sums, group_name, 1, None, site)
@@ -165,29 +173,33 @@ class _AllSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None, site: str) -> Tensor:
+    def forward(
+        sums: Tensor, group_name: str | None, tail: int, known: Tensor | None, site: str, call: Call | None
+    ) -> Tensor:
         with recompute.kept():
             if site:
                 found: Tensor = torch.ops.syncbn.all_sum_once(sums, group_name, site)
                 return found
             assert group_name is not None, "alone there is nothing to sum"
-            return comm.functional_sum(sums, group_name) if known is None else known.clone()
+            if known is not None:
+                return known.clone()
+            return calls.functional_sum(sums, group_name, call, FORWARD if tail else BACKWARD)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        sums, ctx.group_name, ctx.tail, *_ = inputs
+        sums, ctx.group_name, ctx.tail, _, _, ctx.call = inputs
         ctx.head = sums.shape[-1] - ctx.tail
 
     @staticmethod
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
         dsums = dsums.narrow(-1, 0, ctx.head)
         if ctx.group_name is not None:
-            dsums = _all_sum(dsums, ctx.group_name, 0)
-        return F.pad(dsums, (0, ctx.tail)), None, None, None, None
+            dsums = _all_sum(dsums, ctx.group_name, 0, call=ctx.call)
+        return F.pad(dsums, (0, ctx.tail)), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _all_sum(tangent, ctx.group_name, ctx.tail)
+        return _all_sum(tangent, ctx.group_name, ctx.tail, call=ctx.call)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], sums: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -195,10 +207,17 @@ class _AllSum(torch.autograd.Function):
         return _all_sum(sums.movedim(in_dims[0], 0), *rest), 0
 
 
-def _all_sum(sums: Tensor, group_name: str | None, tail: int, known: Tensor | None = None, site: str = "") -> Tensor:
+def _all_sum(
+    sums: Tensor,
+    group_name: str | None,
+    tail: int,
+    known: Tensor | None = None,
+    site: str = "",
+    call: Call | None = None,
+) -> Tensor:
     if torch._C._dispatch_keys(sums).has("Batched"):  # by is_grads_batched, whose map is older than torch.vmap's
-        return _below_maps(lambda sums: _all_sum(sums, group_name, tail, known, site), sums)
-    summed: Tensor = _AllSum.apply(sums, group_name, tail, known, site)  # type: ignore[no-untyped-call]  # torch's own
+        return _below_maps(lambda sums: _all_sum(sums, group_name, tail, known, site, call), sums)
+    summed: Tensor = _AllSum.apply(sums, group_name, tail, known, site, call)  # type: ignore[no-untyped-call]  # torch's own
     return summed
 
 
@@ -216,11 +235,13 @@ def _below_maps(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def _all_sum_once(sums: Tensor, group_name: str | None, site: str) -> Tensor:
-    def take() -> Tensor:
-        return sums.clone() if group_name is None else comm.functional_sum(sums, group_name)
+    channels = sums.shape[0] // 2
 
-    found, are_new = recompute.sums_once(take, sums.shape[0] // 2, recorded=False, site=site)
-    return F.pad(found, (0, 1), value=float(are_new))
+    def take() -> Taken:
+        return Taken(sums.clone() if group_name is None else calls.functional_sum(sums, group_name), channels)
+
+    taken, are_new = recompute.taken_once(take, channels, recorded=False, site=site)
+    return F.pad(taken.sums, (0, 1), value=float(are_new))
 
 
 # Operators for torch.compile. Its tracer takes no autograd.Function with a jvp, so all_sum is written down as a call,

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn import classes, comm, refusals, swap
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
+from syncbn.names import name_by_path, numbered
 
 M = TypeVar("M", bound=nn.Module)
 Only = Callable[[str, nn.Module], bool] | str | Iterable[str] | None
@@ -99,7 +100,27 @@ def convert_sync_batchnorm(
     for layer in wanted:
         reasons.pop(layer, None)
         root = _make_sync(root, layer, process_group)
+    _label(root)
+    name_by_path(root)
     return cast(M, root)
+
+
+def name_layers(model: M) -> M:
+    """Call every synchronized layer of model by its path in it, such as ``layer1.0.bn1``, in errors and reports.
+
+    `convert_sync_batchnorm` does so for the layers that have no path yet, and so does the first training step within
+    DistributedDataParallel; others are numbered as they are built.
+    The ranks compare paths in each training call: call it alike on every rank, with models that are alike.
+    What DistributedDataParallel, torch.compile and other wrappers of torch put into a path is left out.
+
+    Returns:
+        model; copies and pickles keep the names.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A model to name the layers of must be an nn.Module; got {type(model).__name__}.")
+    _label(model)
+    name_by_path(model, anew=True)
+    return model
 
 
 def revert_sync_batchnorm(module: M) -> M:
@@ -134,6 +155,13 @@ def plain(module: M) -> Iterator[M]:
             root = swap.replace(root, new, old.train(new.training))
         for layer, state, then in swapped:
             swap.restore(layer, state, then)
+
+
+def _label(root: nn.Module) -> None:
+    """The layers that were changed into synchronized ones have none yet."""
+    for layer in root.modules():
+        if isinstance(layer, SyncBatchNorm) and layer._label is None:
+            layer.__dict__["_label"] = numbered(type(layer).__name__, swap.channels_of(layer) or 0, layer.activation)
 
 
 def _why_not(layer: nn.Module) -> str | None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import comm, recompute
+from syncbn import calls, recompute
 from syncbn.autograd import gradients
 from syncbn.backends import Epilogue, Running, name_for, select
 from syncbn.backends.recent import Recent
+from syncbn.fingerprint import BACKWARD, FORWARD
+from syncbn.names import Call, Label
 
 if TYPE_CHECKING:
     from syncbn.backends.gpu_direct import Launches
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
 MOST_CALLS = 4096
 """Kinds of calls that are remembered, the oldest forgotten first."""
 
-Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
-"""running_mean, running_var, num_batches_tracked, momentum"""
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
+"""running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite"""
 
 Kinds = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | None, ...]
 
 
-class Call:
+class Kind:
     """What calls that are alike share."""
 
     def __init__(self, x: Tensor, epilogue: Epilogue, launches: "Launches") -> None:
@@ -41,13 +43,13 @@ class Call:
         self.backward_kinds = like_y, *_kinds(x, epilogue.weight, epilogue.bias, residual)
         """Of dy and of what is saved for backward."""
         self.is_single = x.numel() == self.channels
-        self.wire = 2 * self.channels + 1
+        self.wire = 2 * self.channels + 3
         size = launches.wide.itemsize
         self.mean_at, self.invstd_at = 8 * self.wire, 8 * self.wire + size * self.channels
         # sums, mean and invstd of a call are one allocation of this size; this takes no memory itself
         doubles = self.wire + -(-2 * size * self.channels // 8)
         self.kept = torch.empty(1, dtype=torch.float64, device=x.device).expand(doubles)
-        self.reduced = self.kept[: 2 * self.channels]
+        self.reduced, self.count_at = self.kept[: 2 * self.channels + 2], 16 * self.channels
 
     def unpacked(self, kept: Tensor) -> list[Tensor]:
         """mean, invstd, sums"""
@@ -65,42 +67,45 @@ class NormalizeDirectly(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        call: Call,
-        now: tuple["Workspace", ProcessGroup | None, float, tuple[float, ...], tuple[int | None, ...]],
+        kind: Kind,
+        now: tuple["Workspace", ProcessGroup | None, Label, float, tuple[float, ...], tuple[int | None, ...]],
     ) -> Tensor:
-        work, group, eps, floats, addresses = now
-        launches = call.launches
-        kept, y = torch.empty_like(call.kept), torch.empty_like(x)
+        work, group, label, eps, floats, addresses = now
+        launches = kind.launches
+        kept, y = torch.empty_like(kind.kept), torch.empty_like(x)
         stream, at, kept_at = work.stream, x.data_ptr(), kept.data_ptr()
-        launches.sums.launch(stream, at, None, work.partials_at, work.semaphores_at, kept_at)
-        if group is not None:
-            comm.all_sum(kept[: call.wire], group)
+        call = None if group is None else Call(label, group, x, kind.activation, ctx.needs_input_grad[0])
+        tag = calls.begin(call, FORWARD)
+        launches.sums.launch(stream, at, None, work.partials_at, work.semaphores_at, kept_at, tag)
+        if call is not None:
+            calls.all_sum(kept[: kind.wire], call)
         residual_at = None if residual is None else residual.data_ptr()
-        results = (y.data_ptr(), kept_at + call.mean_at, kept_at + call.invstd_at)
-        launches.normalized.launch(stream, at, residual_at, None, kept_at, *addresses, None, *results, *floats)
-        ctx.save_for_backward(x, weight, bias, residual if call.activation is not None else None, kept)
-        ctx.rest = call, group, eps
+        results = (y.data_ptr(), kept_at + kind.mean_at, kept_at + kind.invstd_at, launches.report_at)
+        numbers = *floats, *calls.mark_of(call)
+        launches.normalized.launch(stream, at, residual_at, None, kept_at, *addresses, None, *results, *numbers)
+        ctx.save_for_backward(x, weight, bias, residual if kind.activation is not None else None, kept)
+        ctx.rest = kind, call, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, kept = ctx.saved_tensors
-        call, group, eps = ctx.rest
+        kind, call, eps = ctx.rest
         needs_dx, _, _, needs_dresidual, *_ = needed = ctx.needs_input_grad[:4]
-        fused = needs_dresidual and call.activation is not None
-        launches = call.launches
+        fused = needs_dresidual and kind.activation is not None
+        launches = kind.launches
         step = launches.both_inputs if fused else launches.inputs
         dy_at = dy.data_ptr() if torch._C._has_storage(dy) else 1  # 1, no vector's address: a batch of them has none
         at, residual_at = x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
-        is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == call.backward_kinds
+        is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == kind.backward_kinds
         is_ready = is_alike and not dy.is_neg() and work is not None and launches.dsums.bind() and step.bind()
         if not (is_ready and needs_dx) or torch.is_grad_enabled():
-            epilogue = Epilogue(weight, bias, residual, None, call.activation)
-            grads = gradients(dy, x, epilogue, call.unpacked(kept), eps, group, select(x), needed)
+            epilogue = Epilogue(weight, bias, residual, None, kind.activation)
+            grads = gradients(dy, x, epilogue, kind.unpacked(kept), eps, call, select(x), needed)
             return *grads, None, None
         stream, partials_at, kept_at = work.stream, work.partials_at, kept.data_ptr()
-        given = (stream, dy_at, at, residual_at, None, kept_at + call.mean_at, kept_at + call.invstd_at)
+        given = (stream, dy_at, at, residual_at, None, kept_at + kind.mean_at, kept_at + kind.invstd_at)
         weight_at = bias_at = dweight = dbias = dweight_at = dbias_at = None
         if weight is not None:
             dweight, weight_at = torch.empty_like(weight), weight.data_ptr()
@@ -108,22 +113,23 @@ class NormalizeDirectly(torch.autograd.Function):
         if bias is not None:
             dbias, bias_at = torch.empty_like(bias), bias.data_ptr()
             dbias_at = dbias.data_ptr()
-        dsums = torch.empty_like(call.reduced)
+        dsums = torch.empty_like(kind.reduced)
         dsums_at = dsums.data_ptr()
-        launches.dsums.launch(
-            *given, weight_at, bias_at, partials_at, work.semaphores_at, dsums_at, dweight_at, dbias_at
-        )
-        if group is not None:
-            comm.all_sum(dsums, group)
+        sums_at = dsums_at, dweight_at, dbias_at
+        tag = calls.begin(call, BACKWARD)
+        launches.dsums.launch(*given, weight_at, bias_at, partials_at, work.semaphores_at, *sums_at, tag)
+        if call is not None:
+            calls.all_sum(dsums, call)
         dx, dresidual = torch.empty_like(x), torch.empty_like(x) if fused else None
-        results = (dx.data_ptr(), None if dresidual is None else dresidual.data_ptr())
-        step.launch(*given, weight_at, bias_at, dsums_at, kept_at + call.mean_at - 8, *results)
+        results = dx.data_ptr(), None if dresidual is None else dresidual.data_ptr(), launches.report_at
+        mark = calls.mark_of(call)
+        step.launch(*given, weight_at, bias_at, dsums_at, kept_at + kind.count_at, *results, *mark)
         return dx, dweight, dbias, dresidual if fused or not needs_dresidual else dy, None, None
 
 
 # Function.apply first unwraps what outlived a transform of torch.func, in Python; such an x has no address.
 _apply = super(torch.autograd.Function, NormalizeDirectly).apply
-_calls: Recent[Call | None] = Recent(MOST_CALLS)
+_calls: Recent[Kind | None] = Recent(MOST_CALLS)
 """None for those that are unusual."""
 
 
@@ -136,11 +142,12 @@ def normalize(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
+    label: Label,
 ) -> Tensor | None:
     """y of a training call without a mask; None if it is not one that is known here, or not at such a time."""
-    *owned, momentum = weight, bias, *statistics
-    call = _calls.get(_key(activation, x, residual, *owned))
-    if call is None or momentum is None or name_for(x) != "gpu":
+    *owned, momentum, skip_nonfinite = weight, bias, *statistics
+    kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
+    if kind is None or momentum is None or name_for(x) != "gpu":
         return None
     if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
         return None
@@ -151,14 +158,14 @@ def normalize(
         residual_at, *addresses = _addresses(residual, *owned)
     except RuntimeError:  # what outlived a transform of torch.func has none
         return None
-    launches = call.launches
-    if not (launches.sums.bind() and launches.normalized.bind()) or (group is None and call.is_single):
+    launches = kind.launches
+    if not (launches.sums.bind() and launches.normalized.bind()) or (group is None and kind.is_single):
         return None
     work = launches.turn(at | (residual_at or 0))
     if work is None or residual_at == 0 or 0 in addresses:
         return None
-    now = (work, group, eps, launches.halves(eps, momentum), addresses)
-    y: Tensor = _apply(x, weight, bias, residual, call, now)  # type: ignore[no-untyped-call]  # torch's own
+    now = (work, group, label, eps, launches.halves(eps, momentum), addresses)
+    y: Tensor = _apply(x, weight, bias, residual, kind, now)  # type: ignore[no-untyped-call]  # torch's own
     return y
 
 
@@ -167,22 +174,23 @@ def remember(x: Tensor, epilogue: Epilogue, running: Running | None) -> None:
     if name_for(x) != "gpu" or (running is not None and running.momentum is None):
         return
     weight, bias, residual, _, activation = epilogue
-    key = _key(activation, x, residual, weight, bias, *((None, None, None) if running is None else running[:3]))
+    *buffers, _, skip_nonfinite = (None, None, None, None, True) if running is None else running
+    key = _key(activation, skip_nonfinite, x, residual, weight, bias, *buffers)
     if key is None or key in _calls:
         return
     from syncbn.backends import gpu_direct, gpu_workspace
 
     if not gpu_workspace.is_capturing(x.device):  # else what is allocated for it were the graph's
         launches = gpu_direct.launches_for(x, epilogue, running)
-        _calls.put(key, None if launches is None else Call(x, epilogue, launches))
+        _calls.put(key, None if launches is None else Kind(x, epilogue, launches))
 
 
-def _key(activation: str | None, *tensors: Tensor | None) -> Hashable:
+def _key(activation: str | None, skip_nonfinite: bool, *tensors: Tensor | None) -> Hashable:
     """Of what is alike; None for what is no tensor or has no strides."""
     if not (activation is None or type(activation) is str):
         return None
     try:
-        return activation, _kinds(*tensors)
+        return activation, skip_nonfinite, _kinds(*tensors)
     except (AttributeError, RuntimeError):
         return None
 

@@ -10,6 +10,7 @@ from syncbn import checks, comm, composed, direct, symbolic
 from syncbn.autograd import NormalizeBatch, Options
 from syncbn.backends import Epilogue, Running
 from syncbn.backends.reference import activate_
+from syncbn.names import FUNCTION, Call, Label
 
 
 def sync_batch_norm(
@@ -27,6 +28,7 @@ def sync_batch_norm(
     activation: str | None = None,
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    skip_nonfinite: bool = True,
 ) -> Tensor:
     r"""Batch normalization with the statistics of all ranks; the arguments of ``F.batch_norm``, then ours.
 
@@ -53,6 +55,8 @@ def sync_batch_norm(
         mask: bool, broadcastable to (N, \*S). Positions where it is False add nothing to the statistics, give y = 0
             and receive no gradient, whatever stands there.
         num_batches_tracked: scalar integer tensor, incremented in training with running statistics.
+        skip_nonfinite: leave the running statistics of a channel as they are where its mean or variance is not finite;
+            False for torch's behaviour, which keeps a NaN for good.
 
     Every rank of the group must make the same training calls in the same order, and agree on whether the input
     requires a gradient: then the backward pass has one all-reduce, else none.
@@ -76,12 +80,13 @@ def sync_batch_norm(
             "activation": activation,
             "mask": mask,
             "num_batches_tracked": num_batches_tracked,
+            "skip_nonfinite": skip_nonfinite,
         }
         node: Tensor | None = symbolic.call_function(sync_batch_norm, given, ours)
         if node is not None:
             return node
     group = checks.check_group(process_group) if training else None
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     return over_group(group, input, running, weight, bias, training, eps, residual, activation, mask)
 
 
@@ -96,18 +101,19 @@ def over_group(
     residual: Tensor | None,
     activation: str | None,
     mask: Tensor | None,
+    label: Label | None = None,
 ) -> Tensor:
-    """`sync_batch_norm` with the peers that were found; statistics are its mean, variance, counter and momentum.
+    """`sync_batch_norm` with the peers that were found; statistics are its running ones, and how they move.
 
-    A call like an earlier one has been checked, but for its numbers.
+    A call like an earlier one has been checked, but for its numbers. label is that of the layer that calls.
     """
     of_batch, traced = training or statistics[0] is None, torch._C._get_tracing_state() is not None
     eps, momentum = checks.check_numbers(eps, statistics[3], of_batch)
     if momentum is not statistics[3]:
-        statistics = (*statistics[:3], momentum)
+        statistics = (*statistics[:3], momentum, statistics[4])
     inside = of_batch and (traced or composed.is_needed(x, residual, weight, bias, mask, statistics))
     if training and mask is None and not inside:
-        done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation)
+        done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation, label or FUNCTION)
         if done is not None:
             return done
     given = (x, training, statistics, weight, bias, residual, activation, mask)
@@ -121,20 +127,22 @@ def over_group(
     if inside:
         if not torch.compiler.is_compiling():
             checks.check_mapped(x, mask, statistics[0] if training else None)
-        return composed.normalize_batch(x, _whole(x, epilogue), eps, comm.name_of(group), running)
+        is_written = traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
+        call = None if group is None or is_written else Call(label or FUNCTION, group, x, activation, True)
+        return composed.normalize_batch(x, _whole(x, epilogue), eps, comm.name_of(group), running, call=call)
     if not torch._C._are_functorch_transforms_active():
-        return _normalize(group, x, running, epilogue, eps)
+        return _normalize(group, x, running, epilogue, eps, label or FUNCTION)
     with composed.unmapped():
-        return _normalize(group, x, running, epilogue, eps)
+        return _normalize(group, x, running, epilogue, eps, label or FUNCTION)
 
 
 def _normalize(
-    group: ProcessGroup | None, x: Tensor, running: Running | None, epilogue: Epilogue, eps: float
+    group: ProcessGroup | None, x: Tensor, running: Running | None, epilogue: Epilogue, eps: float, label: Label
 ) -> Tensor:
     """With the batch's statistics, by a back-end."""
     weight, bias, residual, mask, activation = epilogue if epilogue.mask is None else _whole(x, epilogue)
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
-    options = Options(eps, activation, group, running, torch.is_grad_enabled())
+    options = Options(eps, activation, group, running, label, torch.is_grad_enabled())
     y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
     if mask is None:
         direct.remember(x, epilogue, running)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import checks, comm
+from syncbn import checks, comm, names
 from syncbn.functional import over_group
 from syncbn.symbolic import Leaf
 
@@ -35,6 +35,8 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         device, dtype: of parameters and buffers; the input's dtype may be another.
         bias: learn :math:`\beta` too.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``, fused.
+        skip_nonfinite: a channel whose mean or variance is not finite, on any rank or by overflow, leaves its running
+            statistics as they are, alike on all ranks; False for torch's behaviour, which keeps a NaN for good.
 
     In training the statistics are those of all ranks, by one all-reduce forward and one backward; every rank must
     call the layer equally often. In eval nothing is communicated and ``F.batch_norm`` does the work.
@@ -53,6 +55,8 @@ class SyncBatchNorm(Leaf, _BatchNorm):
 
     process_group: comm.Group | None = None
     activation: str | None = None
+    skip_nonfinite: bool = True
+    _label: names.Label | None = None
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        skip_nonfinite: bool = True,
     ) -> None:
         checks.check_num_features(num_features)
         checks.check_numbers(eps, momentum, of_batch=False)  # as given: a layer for eval may have an eps of 0
@@ -76,6 +81,9 @@ class SyncBatchNorm(Leaf, _BatchNorm):
             self.register_parameter("bias", None)
         self.process_group = process_group
         self.activation = activation
+        if not skip_nonfinite:
+            self.skip_nonfinite = False
+        self._label = names.numbered(type(self).__name__, num_features, activation)
 
     def reset_parameters(self) -> None:
         """weight 1, bias 0, running statistics at their start."""
@@ -102,8 +110,9 @@ class SyncBatchNorm(Leaf, _BatchNorm):
             var = buffers["running_var"] if "running_var" in buffers else self.running_var
             tracked = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
         group = checks.check_group(self.process_group) if training else None
-        statistics = (mean, var, tracked, self.momentum)
-        return over_group(group, input, statistics, weight, bias, training, self.eps, residual, activation, mask)
+        statistics = (mean, var, tracked, self.momentum, self.skip_nonfinite)
+        of_call = residual, activation, mask, self._label
+        return over_group(group, input, statistics, weight, bias, training, self.eps, *of_call)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank; the function checks the rest."""
@@ -137,6 +146,8 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         group = comm.group_of(ranks)
         state = {**state, "process_group": group} if "process_group" in state else state
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        if "_label" not in state:  # saved by an earlier version
+            self._label = names.numbered(type(self).__name__, self.num_features, self.activation)
         if ranks is not None and group is None:
             of = f"of ranks {list(ranks)}, which this process does not have" if ranks else "of others than its rank"
             warnings.warn(
@@ -150,6 +161,8 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         shown |= {"bias": self.bias is not None, "track_running_stats": self.track_running_stats}
         if self.activation is not None:
             shown["activation"] = self.activation
+        if not self.skip_nonfinite:
+            shown["skip_nonfinite"] = False
         return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in shown.items())])
 
 

@@ -21,6 +21,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from syncbn.names import Call
+
 _SEEN = contextlib.nullcontext()
 
 Path = tuple[Hashable, ...]
@@ -39,21 +41,29 @@ class _Pass(NamedTuple):
     path: Path = ()
 
 
+class Taken(NamedTuple):
+    """The sums of all ranks, of how many channels, and the call that took them, which a rank alone and a graph lack."""
+
+    sums: Tensor
+    channels: int
+    call: Call | None = None
+
+
 class _Record:
     """The sums of a region's calls by path and in order, and how far its newest recomputation has come."""
 
     def __init__(self) -> None:
-        self.sums: defaultdict[Path, list[Tensor]] = defaultdict(list)
+        self.taken: defaultdict[Path, list[Taken]] = defaultdict(list)
         self.recomputation: object = None
         self.seen: Counter[Path] = Counter()
 
-    def recall(self, again: _Pass) -> Tensor | None:
+    def recall(self, again: _Pass) -> Taken | None:
         """The sums of the recomputation's next call; None if the first pass made no such call."""
         if self.recomputation != again.recomputation:
             self.recomputation, self.seen = again.recomputation, Counter()
         at = self.seen[again.path]
         self.seen[again.path] += 1
-        return self.sums[again.path][at] if at < len(self.sums[again.path]) else None
+        return self.taken[again.path][at] if at < len(self.taken[again.path]) else None
 
 
 def is_ordinary() -> bool:
@@ -62,7 +72,7 @@ def is_ordinary() -> bool:
     return torch.is_grad_enabled() and not hooked and torch._C._current_graph_task_id() == -1
 
 
-def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool, site: str = "") -> tuple[Tensor, bool]:
+def taken_once(take: Callable[[], Taken], channels: int, recorded: bool, site: str = "") -> tuple[Taken, bool]:
     """The sums of all ranks for this call of an autograd.Function's forward, and whether they were taken just now.
 
     recorded: whether autograd records the caller. site: `graph_site`, of a call within a graph.
@@ -76,16 +86,16 @@ def sums_once(take: Callable[[], Tensor], channels: int, recorded: bool, site: s
         return take(), True
     first, again = _open_passes(hooked, stacked, sys._getframe(2), site)
     known = None if again is None else _record_of(again.region).recall(again)
-    if known is not None and known.numel() != 2 * channels + 1:
+    if known is not None and known.channels != channels:
         raise RuntimeError(
             "The recomputation of a checkpointed region must make the calls of its first pass, in their order; got "
-            f"{channels} channels where there were {known.numel() // 2}. "
+            f"{channels} channels where there were {known.channels}. "
             "Make the region depend on nothing that changes between forward and backward."
         )
-    sums = take() if known is None else known
+    taken = take() if known is None else known
     for each in first:
-        _record_of(each.region).sums[each.path].append(sums)
-    return sums, known is None
+        _record_of(each.region).taken[each.path].append(taken)
+    return taken, known is None
 
 
 def graph_site() -> str:

@@ -160,7 +160,8 @@ def make_plain(layer: Any) -> None:
         layer.activation = activation
     elif was_built(layer):
         del layer.activation
-    layer.__dict__.pop("process_group", None)
+    for ours in ("process_group", "_label"):
+        layer.__dict__.pop(ours, None)
     layer.num_features = channels_of(layer)
     layer.__dict__.setdefault("affine", layer.weight is not None)
     layer.__dict__.setdefault("track_running_stats", layer.running_mean is not None)

@@ -84,5 +84,5 @@ def _payloads() -> list[tuple[torch.dtype, int]]:
 
 
 def test_the_wire(ranks: RankPool) -> None:
-    """2C + 1 float64 forward and 2C backward, whatever the input's dtype."""
-    assert ranks.run(2, _payloads) == [[(torch.float64, 15), (torch.float64, 14)]] * 2
+    """2C + 3 float64 forward and 2C + 2 backward, whatever the input's dtype."""
+    assert ranks.run(2, _payloads) == [[(torch.float64, 17), (torch.float64, 16)]] * 2

@@ -2,7 +2,8 @@
 
     x̂ = (x − mean)·invstd,   z = x̂·weight + bias + residual,   y = activation(z),   dz = dy·activation′(z)
 
-mean and invstd are those of all ranks.
+mean and invstd are those of all ranks. What goes over the wire ends with two numbers that tell which call it is of: see
+fingerprint.py. A tag of 0 stands for none, there is nothing to compare then.
 Masked-out positions count nowhere, give y = 0, receive 0, and whatever stands there reaches nothing.
 """
 
@@ -32,12 +33,16 @@ class Epilogue(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The buffers that `normalize` moves; momentum None means the cumulative average, 1/num_batches_tracked."""
+    """The buffers that `normalize` moves; momentum None means the cumulative average, 1/num_batches_tracked.
+
+    skip_nonfinite: a channel whose mean or variance is not finite moves neither.
+    """
 
     mean: Tensor
     var: Tensor
     num_batches_tracked: Tensor | None
     momentum: float | None
+    skip_nonfinite: bool = True
 
 
 class Backend(Protocol):
@@ -46,20 +51,32 @@ class Backend(Protocol):
     A back-end is a module with these four functions; a new device is one such file and one line in `select`.
     """
 
-    def batch_sums(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[Σx (C), Σx² (C), count] of this rank: float64, on x's device."""
+    def batch_sums(self, x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
+        """[Σx (C), Σx² (C), count, fingerprint (2)] of this rank: float64, on x's device."""
         ...
 
     def normalize(
-        self, x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+        self,
+        x: Tensor,
+        sums: Tensor,
+        epilogue: Epilogue,
+        eps: float,
+        running: Running | None,
+        tag: float = 0.0,
+        turn: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, mean, invstd from the sums of all ranks; moves the running statistics, if given."""
+        """y, mean, invstd from the sums of all ranks; moves the running statistics, if given.
+
+        A GPU's compares the fingerprint with its tag and reports its turn, see gpu_report.py; the host does, otherwise.
+        """
         ...
 
     def grad_sums(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue, tag: float = 0.0
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[Σdz (C), Σdz·x̂ (C)] of this rank in float64; the same as dweight and dbias, in their dtypes."""
+        """[Σdz (C), Σdz·x̂ (C), fingerprint (2)] of this rank in float64; Σdz·x̂ and Σdz as dweight and dbias, in their
+        dtypes.
+        """
         ...
 
     def grad_input(
@@ -72,8 +89,10 @@ class Backend(Protocol):
         dsums: Tensor | None,
         count: Tensor,
         needs_dresidual: bool,
+        tag: float = 0.0,
+        turn: int = 0,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count) and dresidual = dz.
+        """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count) and dresidual = dz; tag and turn as in normalize.
 
         dsums and count are those of all ranks; without dsums there is no dx.
         """

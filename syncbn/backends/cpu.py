@@ -9,21 +9,21 @@ is touched: fresh pages for a full-size temporary cost more than the arithmetic 
 import torch
 from torch import Tensor
 
-from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
+from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype, reference
 from syncbn.backends.cpu_layout import Layout, Scratch
-from syncbn.backends.reference import activate_, moments, move_running, parameter_grads, scale_of
+from syncbn.backends.reference import activate_, is_finite, moments, parameter_grads, scale_of, stamped
 
 
-def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[Σx (C), Σx² (C), count]; of at most float32 from sums of x − k, with a mask or float64 added up in float64"""
+def batch_sums(x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
+    """[Σx (C), Σx² (C), count, fingerprint (2)], of sums of x − k; with a mask or of float64 added up in float64"""
     layout = Layout(x)
     flat, drop = layout.flatten(x), layout.flatten_mask(mask)
     channels = x.shape[1]
     shifted = drop is None and x.dtype != torch.float64
     pivot = _pivot(layout, flat) if shifted else x.new_zeros(channels, dtype=torch.float64)
     k = layout.per_channel(pivot)
-    sums = x.new_zeros(2 * channels + 1, dtype=torch.float64)
-    total, total_sq = sums[:channels], sums[channels:-1]
+    sums = x.new_zeros(2 * channels + 3, dtype=torch.float64)
+    total, total_sq = sums[:channels], sums[channels : 2 * channels]
     scratch = Scratch(pivot.dtype)
     for at, part in layout.blocks():
         block = flat[at]
@@ -32,12 +32,12 @@ def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
         total[part].add_(d.sum(layout.dims))
         total_sq[part].add_(d.mul_(d).sum(layout.dims))
     count = x.numel() // channels
-    sums[-1] = count if mask is None else mask.sum()
+    sums[-3] = count if mask is None else mask.sum()
     if shifted:
         moved = pivot.double()
         total_sq.addcmul_(moved, total, value=2).addcmul_(moved, moved, value=count)
         total.add_(moved, alpha=count)
-    return sums
+    return stamped(sums, tag)
 
 
 def _pivot(layout: Layout, flat: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def _pivot(layout: Layout, flat: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None, tag: float = 0.0, turn: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation((x − mean)·invstd·weight + bias + residual)"""
-    mean64, var64, count = moments(sums)
+    mean64, var64, count = moments(sums, x.shape[1])
     if running is not None:
         move_running(running, mean64, var64, count)
     dtype = compute_dtype(x.dtype)
@@ -78,13 +78,31 @@ def normalize(
     return y, mean, invstd
 
 
+def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """The specification's, of which an ordinary batch needs half: here its questions cost nothing but the asking."""
+    n, tracked = float(count), running.num_batches_tracked
+    if n <= 1 or running.momentum is None:
+        reference.move_running(running, mean, var, count)
+        return
+    new_mean = torch.lerp(running.mean.double(), mean, running.momentum)
+    new_var = torch.lerp(running.var.double(), var * (n / (n - 1)), running.momentum)
+    if running.skip_nonfinite and not bool(is_finite(running, new_mean, new_var).all()):
+        reference.move_running(running, mean, var, count)
+        return
+    running.mean.copy_(new_mean)
+    running.var.copy_(new_var)
+    if tracked is not None:
+        tracked.add_(1)
+
+
 def grad_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue, tag: float = 0.0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
+    """[Σdz (C), Σdz·x̂ (C), fingerprint (2)], dweight, dbias"""
     call = _Call(x, mean, invstd, epilogue, dy)
-    dsums = x.new_zeros(2 * x.shape[1], dtype=torch.float64)
-    sum_dz, sum_dz_xhat = dsums.chunk(2)
+    channels = x.shape[1]
+    dsums = x.new_zeros(2 * channels + 2, dtype=torch.float64)
+    sum_dz, sum_dz_xhat = dsums[:channels], dsums[channels : 2 * channels]
     scratch = Scratch(mean.dtype)
     for at, part in call.layout.blocks():
         dz, block = call.dz(at, part), call.x_block(at)
@@ -92,7 +110,7 @@ def grad_sums(
         product = torch.sub(block, call.mean[part], out=scratch.like(block)).mul_(dz)
         sum_dz_xhat[part].add_(product.sum(call.layout.dims))
     sum_dz_xhat *= invstd
-    return dsums, *parameter_grads(dsums, epilogue)
+    return stamped(dsums, tag), *parameter_grads(sum_dz, sum_dz_xhat, epilogue)
 
 
 def grad_input(
@@ -104,13 +122,15 @@ def grad_input(
     dsums: Tensor | None,
     count: Tensor,
     needs_dresidual: bool,
+    tag: float = 0.0,
+    turn: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = (dz − (Σdz/count + (x − mean)·slope))·invstd·weight, slope = invstd·Σdz·x̂/count; dresidual = dz"""
     call = _Call(x, mean, invstd, epilogue, dy)
     dx, dx_flat = (None, None) if dsums is None else call.layout.new_like(x)
     dresidual, dresidual_flat = call.layout.new_like(x) if needs_dresidual else (None, None)
     if dsums is not None:
-        mean_dz, mean_dz_xhat = (dsums / count.clamp_min(1)).chunk(2)
+        mean_dz, mean_dz_xhat = (dsums[:-2] / count.clamp_min(1)).chunk(2)
         slope, mean_dz = call.per_channel(mean_dz_xhat * invstd), call.per_channel(mean_dz)
         offset = mean_dz - slope * call.mean
     scratch = Scratch(mean.dtype)

@@ -16,11 +16,12 @@ from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
 from syncbn.backends.gpu_kernels import batch_sums_kernel, normalize_kernel
 from syncbn.backends.gpu_kernels_backward import grad_input_kernel, grad_sums_kernel
 from syncbn.backends.gpu_launch import MOST_PLANS, Plan, launch, make_plan
+from syncbn.backends.gpu_report import report_of
 from syncbn.backends.gpu_workspace import workspace
 from syncbn.backends.recent import Recent
 
 _plans: Recent[Plan] = Recent(MOST_PLANS)
-NOT_RUNNING = (None, None, None, 0.0)
+NOT_RUNNING = (None, None, None, 0.0, True)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,20 +47,20 @@ def plan_batch_sums(x: Tensor, mask: Tensor | None) -> Plan:
 
 
 @_on_device
-def batch_sums(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[Σx (C), Σx² (C), count]"""
+def batch_sums(x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
+    """[Σx (C), Σx² (C), count, fingerprint (2)]"""
     plan = plan_batch_sums(x, mask)
     if plan.copies:
-        return batch_sums(_copied(x, "x", plan), None if mask is None else _copied(mask, "mask", plan))
+        return batch_sums(_copied(x, "x", plan), None if mask is None else _copied(mask, "mask", plan), tag)
     channels = x.shape[1]
-    sums = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
+    sums = torch.empty(2 * channels + 3, dtype=torch.float64, device=x.device)
     partials, semaphores = workspace(x.device, plan.partials, plan.semaphores)
-    launch(plan.kernel, plan.grid, (x, mask, partials, semaphores, sums), plan.integers)
+    launch(plan.kernel, plan.grid, (x, mask, partials, semaphores, sums), (tag, *plan.integers))
     return sums
 
 
 def plan_normalize(x: Tensor, y: Tensor, epilogue: Epilogue, running: Running | None) -> Plan:
-    running_mean, running_var, tracked, momentum = running or NOT_RUNNING
+    running_mean, running_var, tracked, momentum, skip_nonfinite = running or NOT_RUNNING
     cumulative = momentum is None
     dtypes = (
         _dtype(epilogue.weight),
@@ -71,35 +72,36 @@ def plan_normalize(x: Tensor, y: Tensor, epilogue: Epilogue, running: Running | 
 
     def make() -> Plan:
         tensors = {"x": x, "mask": epilogue.mask, "y": y, "residual": epilogue.residual}
-        constants = _activation(epilogue.activation) | {"CUMULATIVE": cumulative}
+        constants = _activation(epilogue.activation) | {"CUMULATIVE": cumulative, "SKIP": skip_nonfinite}
         return make_plan(normalize_kernel, tensors, constants)
 
-    return _plans.made(("normalize", *_key(x, epilogue), *dtypes, cumulative), make)
+    return _plans.made(("normalize", *_key(x, epilogue), *dtypes, cumulative, skip_nonfinite), make)
 
 
 @_on_device
 def normalize(
-    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None, tag: float = 0.0, turn: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation((x − mean)·invstd·weight + bias + residual)"""
     weight, bias, residual, mask, _ = epilogue
-    running_mean, running_var, tracked, momentum = running or NOT_RUNNING
+    running_mean, running_var, tracked, momentum, _ = running or NOT_RUNNING
     y = torch.empty_like(x)
     plan = plan_normalize(x, y, epilogue, running)
     if plan.copies:
         strides = y.stride()
         del y
         epilogue = _copied_epilogue(epilogue, plan)
-        z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running)
+        z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running, tag, turn)
         return _in_strides(z, strides), mean, invstd
     if running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()):
-        return _with_contiguous_running(x, sums, epilogue, eps, running)
+        return _with_contiguous_running(x, sums, epilogue, eps, running, tag, turn)
     mean = torch.empty(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
     invstd = torch.empty_like(mean)
     semaphores = workspace(x.device, 1, 1)[1] if momentum is None else None
     buffers = (running_mean, running_var, tracked, semaphores)
-    pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, y, mean, invstd)
-    launch(plan.kernel, plan.grid, pointers, (*halves(eps, momentum or 0.0), *plan.integers))
+    results = (y, mean, invstd, report_of(x.device))
+    pointers = (x, residual, mask, sums, _packed(weight), _packed(bias), *buffers, *results)
+    launch(plan.kernel, plan.grid, pointers, (*halves(eps, momentum or 0.0), tag, turn, *plan.integers))
     return y, mean, invstd
 
 
@@ -114,21 +116,22 @@ def plan_grad_sums(dy: Tensor, x: Tensor, epilogue: Epilogue) -> Plan:
 
 @_on_device
 def grad_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue, tag: float = 0.0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[Σdz (C), Σdz·x̂ (C)], dweight, dbias"""
+    """[Σdz (C), Σdz·x̂ (C), fingerprint (2)], dweight, dbias"""
     weight, bias, residual, mask, _ = epilogue
     plan = plan_grad_sums(dy, x, epilogue)
     if plan.copies:
         epilogue = _copied_epilogue(epilogue, plan)
-        return grad_sums(_copied(dy, "dy", plan), _copied(x, "x", plan), mean, invstd, epilogue)
+        return grad_sums(_copied(dy, "dy", plan), _copied(x, "x", plan), mean, invstd, epilogue, tag)
     channels = x.shape[1]
-    dsums = torch.empty(2 * channels, dtype=torch.float64, device=x.device)
+    dsums = torch.empty(2 * channels + 2, dtype=torch.float64, device=x.device)
     dweight = None if weight is None else torch.empty(channels, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(channels, dtype=bias.dtype, device=x.device)
     work = workspace(x.device, plan.partials, plan.semaphores)
     parameters = (mean, invstd, _packed(weight), _packed(bias))
-    launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, *work, dsums, dweight, dbias), plan.integers)
+    pointers = (dy, x, residual, mask, *parameters, *work, dsums, dweight, dbias)
+    launch(plan.kernel, plan.grid, pointers, (tag, *plan.integers))
     return dsums, dweight, dbias
 
 
@@ -152,6 +155,8 @@ def grad_input(
     dsums: Tensor | None,
     count: Tensor,
     needs_dresidual: bool,
+    tag: float = 0.0,
+    turn: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = weight·invstd·(dz − Σdz/count − x̂·Σdz·x̂/count), dresidual = dz"""
     weight, bias, residual, mask, _ = epilogue
@@ -163,20 +168,21 @@ def grad_input(
         strides = torch.empty_like(x, device="meta").stride()
         epilogue = _copied_epilogue(epilogue, plan)
         x, dy = _copied(x, "x", plan), _copied(dy, "dy", plan)
-        dense = grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual)
+        dense = grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual, tag, turn)
         dx, dresidual = (None if t is None else _in_strides(t, strides) for t in dense)
         return dx, dresidual
     parameters = (mean, invstd, _packed(weight), _packed(bias), dsums, count)
-    launch(plan.kernel, plan.grid, (dy, x, residual, mask, *parameters, dx, dresidual), plan.integers)
+    pointers = (dy, x, residual, mask, *parameters, dx, dresidual, report_of(x.device))
+    launch(plan.kernel, plan.grid, pointers, (tag, turn, *plan.integers))
     return dx, dresidual
 
 
 def _with_contiguous_running(
-    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running
+    x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running, tag: float, turn: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """normalize for buffers that are slices: kernels move copies of them, which then go back."""
     mean, var = running.mean.contiguous(), running.var.contiguous()
-    result = normalize(x, sums, epilogue, eps, running._replace(mean=mean, var=var))
+    result = normalize(x, sums, epilogue, eps, running._replace(mean=mean, var=var), tag, turn)
     running.mean.copy_(mean)
     running.var.copy_(var)
     return result

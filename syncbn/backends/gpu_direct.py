@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from syncbn.backends import Epilogue, Running, compute_dtype, gpu, gpu_workspace
+from syncbn.backends import Epilogue, Running, compute_dtype, gpu, gpu_report, gpu_workspace
 from syncbn.backends.gpu_launch import Plan
 from syncbn.backends.gpu_triton import Launch, direct_launch, has_listeners
 from syncbn.backends.gpu_workspace import Workspace
@@ -38,7 +38,7 @@ class Launches:
     def __init__(self, x: Tensor, y: Tensor, epilogue: Epilogue, running: Running | None) -> None:
         self.device, self.index, self.on_cuda = x.device, x.device.index or 0, x.device.type == "cuda"
         self.strides, self.wide = y.stride(), compute_dtype(x.dtype)
-        self.halves = gpu.halves
+        self.halves, self.report_at = gpu.halves, gpu_report.report_of(x.device).data_ptr()
         self.is_capturing, self.current_stream = gpu_workspace.questions(x.device)
         # backward needs the residual again for an activation's derivative only
         back = epilogue if epilogue.activation is not None else epilogue._replace(residual=None)

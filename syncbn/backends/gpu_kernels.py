@@ -38,6 +38,8 @@ from syncbn.backends.gpu_sums import (
     inverse_std,
     moments_of,
     move_running,
+    report,
+    stamp,
     sum_lanes,
 )
 
@@ -61,14 +63,15 @@ def batch_sums_kernel(
     mask_ptr,  # (N, *S) bool, or None
     partials_ptr,  # float64 scratch: what combine keeps, then (splits) counts if there is a mask
     semaphores_ptr,  # int32, all 0: those of combine
-    sums_ptr,  # (2C + 1) float64: the result
+    sums_ptr,  # (2C + 3) float64: the result
+    tag,  # float32
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     KIND: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr, MERGED: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
-    """[Σx, Σx², count], by way of d = x − k, for which float32 is enough: see column_sums"""
+    """[Σx, Σx², count, fingerprint], by way of d = x − k, for which float32 is enough: see column_sums"""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
     columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
@@ -108,19 +111,20 @@ def batch_sums_kernel(
                 tl.store(sums_ptr + 2 * channels, positions.to(tl.float64))
             else:
                 tl.store(sums_ptr + 2 * channels + tl.arange(0, 1), add_rows(counts_ptr, splits, 1, BLOCK_S))
+            stamp(sums_ptr, 2 * channels + 1, tag)
 
 
 @triton.jit(
-    do_not_specialize=[*X, *Y, *RESIDUAL],
+    do_not_specialize=["turn", *X, *Y, *RESIDUAL],
     do_not_specialize_on_alignment=[
-        *WORK, *PARAMETERS, "sums_ptr", "running_mean_ptr", "running_var_ptr", "tracked_ptr",
+        *WORK, *PARAMETERS, "sums_ptr", "running_mean_ptr", "running_var_ptr", "tracked_ptr", "report_ptr",
     ],
 )
 def normalize_kernel(
     x_ptr,  # (N, C, *S)
     residual_ptr,  # (N, C, *S), or None
     mask_ptr,  # (N, *S) bool, or None
-    sums_ptr,  # (2C + 1) float64: Σx, Σx², count of all ranks
+    sums_ptr,  # (2C + 3) float64: Σx, Σx², count, fingerprint of all ranks
     weight_ptr,  # (C), or None
     bias_ptr,  # (C), or None
     running_mean_ptr,  # (C), or None
@@ -130,14 +134,17 @@ def normalize_kernel(
     y_ptr,  # (N, C, *S): the result
     mean_ptr,  # (C) float32 or float64: result
     invstd_ptr,  # (C) of mean's dtype: result
+    report_ptr,  # (4) float64 in the host's memory
     eps, eps_rest, momentum, momentum_rest,  # each a float32 and what that leaves of a float64
+    tag, turn,  # float32, int32
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
     KIND: tl.constexpr, KIND_Y: tl.constexpr, KIND_R: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr,
     PLANE: tl.constexpr, MERGED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    CUMULATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    CUMULATIVE: tl.constexpr, SKIP: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):
     """y = activation((x − mean)·invstd·weight + bias + residual); the first split of a group moves its buffers"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
@@ -159,8 +166,9 @@ def normalize_kernel(
         if running_mean_ptr is not None:
             move_running(
                 running_mean_ptr, running_var_ptr, tracked_ptr, semaphores_ptr, group, groups,
-                channel, is_first, mean64, var64, count, momentum, momentum_rest, CUMULATIVE,
+                channel, is_first, mean64, var64, count, momentum, momentum_rest, CUMULATIVE, SKIP,
             )
+        report(report_ptr, sums_ptr, 2 * channels_of(columns, FOLD, PLANE) + 1, tag, turn)
     mean = mean[:, None]
     scale = (invstd * weight)[:, None]
     column = group * GROUP

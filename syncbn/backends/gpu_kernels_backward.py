@@ -20,7 +20,7 @@ from syncbn.backends.gpu_blocks import (
     tile_valid,
 )
 from syncbn.backends.gpu_kernels import PARAMETERS, RESIDUAL, WORK, X, Y
-from syncbn.backends.gpu_sums import add_two, channel_sums, combine, spread, store_as, sum_lanes
+from syncbn.backends.gpu_sums import add_two, channel_sums, combine, report, spread, stamp, store_as, sum_lanes
 
 DY = ["dy_stride_o", "dy_stride_c", "dy_stride_i"]
 
@@ -43,9 +43,10 @@ def grad_sums_kernel(
     bias_ptr,  # (C), or None
     partials_ptr,  # float64 scratch: what combine keeps
     semaphores_ptr,  # int32, all 0: those of combine
-    dsums_ptr,  # (2C) float64: the result
+    dsums_ptr,  # (2C + 2) float64: the result
     dweight_ptr,  # (C) of weight's dtype: result, or None
     dbias_ptr,  # (C) of bias's dtype: result, or None
+    tag,  # float32
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     dy_stride_o, dy_stride_c, dy_stride_i, residual_stride_o, residual_stride_c, residual_stride_i,
@@ -55,7 +56,7 @@ def grad_sums_kernel(
     GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, TEAM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
-    """[Σdz, Σdz·x̂], dweight = Σdz·x̂, dbias = Σdz with dz = dy·activation′(z) and x̂ = (x − mean)·invstd"""
+    """[Σdz, Σdz·x̂, fingerprint], dweight = Σdz·x̂, dbias = Σdz with dz = dy·activation′(z) and x̂ = (x − mean)·invstd"""
     DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
     inner = scaled(inner, "planes", KIND, ALIGN, WIDE)
     columns = scaled(columns, "rows", KIND, ALIGN, WIDE)
@@ -101,6 +102,8 @@ def grad_sums_kernel(
         channels = channels_of(columns, FOLD, PLANE)
         which, k, is_real = sum_lanes(group, channels, FOLD, PLANE, GROUP, BLOCK_K)
         tl.store(dsums_ptr + which * channels + k, total, mask=is_real)
+        if group == 0:
+            stamp(dsums_ptr, 2 * channels, tag)
         if dbias_ptr is not None:
             store_as(dbias_ptr + k, total, is_real & (which == 0))
         if dweight_ptr is not None:
@@ -108,8 +111,8 @@ def grad_sums_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*X, *Y, *DY, *RESIDUAL],
-    do_not_specialize_on_alignment=["mask_ptr", *PARAMETERS, "dsums_ptr", "count_ptr"],
+    do_not_specialize=["turn", *X, *Y, *DY, *RESIDUAL],
+    do_not_specialize_on_alignment=["mask_ptr", *PARAMETERS, "dsums_ptr", "count_ptr", "report_ptr"],
 )
 def grad_input_kernel(
     dy_ptr,  # (N, C, *S)
@@ -120,10 +123,12 @@ def grad_input_kernel(
     invstd_ptr,  # (C) of mean's dtype
     weight_ptr,  # (C), or None
     bias_ptr,  # (C), or None
-    dsums_ptr,  # (2C) float64: Σdz, Σdz·x̂ of all ranks; None without dx
+    dsums_ptr,  # (2C + 2) float64: Σdz, Σdz·x̂, fingerprint of all ranks; None without dx
     count_ptr,  # (1) float64, of all ranks
     dx_ptr,  # (N, C, *S): result, or None
     dresidual_ptr,  # (N, C, *S): result, or None
+    report_ptr,  # (4) float64 in the host's memory
+    tag, turn,  # float32, int32
     outer, inner, columns, positions,
     x_stride_o, x_stride_c, x_stride_i, mask_stride_o, mask_stride_i,
     y_stride_o, y_stride_c, y_stride_i, dy_stride_o, dy_stride_c, dy_stride_i,
@@ -153,6 +158,7 @@ def grad_input_kernel(
         slope = tl.load(dsums_ptr + channels + channel, mask=here, other=0.0) * share * invstd
         mean_dz = mean_dz.to(DTYPE)[:, None]
         slope = tl.broadcast_to(-slope.to(DTYPE)[:, None], (BLOCK_C, BLOCK_I))
+        report(report_ptr, dsums_ptr, 2 * channels, tag, turn)
     scale = scale[:, None]
     column = group * GROUP
     o_next, t_next = tile_at(split, tiles_inner, MERGED)

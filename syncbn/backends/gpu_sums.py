@@ -231,27 +231,65 @@ def store_as(ptr, value, exists):
 
 
 @triton.jit
+def fits(value, ptr):
+    """whether the pointer's dtype has a finite number for a float64"""
+    if ptr.dtype.element_ty == tl.float64:
+        return tl.abs(value) < float("inf")
+    else:
+        return tl.abs(value.to(tl.float32).to(ptr.dtype.element_ty).to(tl.float32)) < float("inf")
+
+
+@triton.jit
 def move_running(
     mean_ptr, var_ptr, tracked_ptr, semaphore_ptr, group, groups, channel, exists, mean, var, count,
-    momentum, momentum_rest, CUMULATIVE: tl.constexpr,
+    momentum, momentum_rest, CUMULATIVE: tl.constexpr, SKIP: tl.constexpr,
 ):
     """running ← (1 − f)·running + f·statistic, f = momentum or 1/calls; the variance unbiased
 
-    Held where the count is 0 (variance: ≤ 1). The counter moves always. Only a cumulative average reads it in every
-    group: there the last group to have read it increments it.
+    Held where the count is 0 (variance: ≤ 1), and if SKIP in a channel where not both are finite. The counter moves
+    always. Only a cumulative average reads it in every group: there the last group to have read it increments it.
     """
     factor = tl.zeros(mean.shape, tl.float64) + momentum + momentum_rest
     if CUMULATIVE:
         calls = tl.load(tracked_ptr).to(tl.int64) + 1
         factor = tl.zeros(mean.shape, tl.float64) + 1.0 / calls.to(tl.float64)
     unbiased = var * (count / tl.maximum(count - 1, 1.0))
-    old = tl.load(mean_ptr + channel, mask=exists, other=0.0).to(tl.float64)
-    store_as(mean_ptr + channel, tl.where(count > 0, old + factor * (mean - old), old), exists)
-    old = tl.load(var_ptr + channel, mask=exists, other=0.0).to(tl.float64)
-    store_as(var_ptr + channel, tl.where(count > 1, old + factor * (unbiased - old), old), exists)
+    old_mean = tl.load(mean_ptr + channel, mask=exists, other=0.0).to(tl.float64)
+    old_var = tl.load(var_ptr + channel, mask=exists, other=0.0).to(tl.float64)
+    new_mean = old_mean + factor * (mean - old_mean)
+    new_var = old_var + factor * (unbiased - old_var)
+    moves = fits(new_mean, mean_ptr) & fits(new_var, var_ptr) if SKIP else exists
+    store_as(mean_ptr + channel, tl.where(moves & (count > 0), new_mean, old_mean), exists)
+    store_as(var_ptr + channel, tl.where(moves & (count > 1), new_var, old_var), exists)
     if CUMULATIVE:
         if arrive(semaphore_ptr, groups):
             tl.store(tracked_ptr, calls.to(tracked_ptr.dtype.element_ty))
     elif tracked_ptr is not None:
         if group == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+@triton.jit
+def stamp(wire_ptr, at, tag):
+    """the fingerprint of a call, 2³² + tag and tag², behind its sums: see fingerprint.py"""
+    mine = tl.zeros((), tl.float64) + tag
+    tl.store(wire_ptr + at, tl.where(mine > 0, mine + 4294967296.0, 0.0))
+    tl.store(wire_ptr + at + 1, mine * mine)
+
+
+@triton.jit
+def report(report_ptr, wire_ptr, at, tag, turn):
+    """to the host, see gpu_report.py: the first call that was mixed up, and how far the device has come"""
+    if tl.program_id(0) == 0:
+        if tag > 0:
+            votes = tl.load(wire_ptr + at)
+            squares = tl.load(wire_ptr + at + 1)
+            mine = tl.zeros((), tl.float64) + tag
+            voters = tl.floor(votes * 2.3283064365386963e-10)  # 2⁻³²
+            if (votes != voters * (mine + 4294967296.0)) | (squares != voters * mine * mine):
+                if tl.load(report_ptr) == 0:
+                    tl.store(report_ptr + 1, votes)
+                    tl.store(report_ptr + 2, squares)
+                    tl.store(report_ptr, mine)
+        if turn > 0:
+            tl.store(report_ptr + 3, tl.zeros((), tl.float64) + turn)

@@ -1,0 +1,156 @@
+"""What a layer calls itself, the same on every rank, so that an error can say which layer it is."""
+
+import itertools
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+_numbers = itertools.count(1)
+_labels: "weakref.WeakSet[Label]" = weakref.WeakSet()
+_orders: "weakref.WeakKeyDictionary[ProcessGroup, itertools.count[int]]" = weakref.WeakKeyDictionary()
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""What torch's wrappers call the module that they wrap; a parallel wrapper calls it `module`."""
+
+
+class _Counts:
+    """Of a layer's calls over one group.
+
+    order is the layer's among those that have been called there, nth a call's since the layer's last backward.
+    """
+
+    __slots__ = ("nth", "order", "went_back")
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.order = next(_orders.setdefault(group, itertools.count(1)))
+        self.nth, self.went_back = 0, False
+
+
+class Label:
+    """A layer's name, and how its calls on this rank are counted. Copies and pickles keep the name and count anew.
+
+    channels and activation are the layer's, to tell from its fingerprint a call that only another rank makes.
+    identity is what ranks compare: the path; of a layer that has none, its order among the first calls over the group,
+    since the number in its name counts layers that one rank may have built for itself.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        *("activation", "calls", "channels", "counts", "identity", "is_path", "name", "tags"),
+        *("_by_group", "_group"),
+    )
+
+    def __init__(self, name: str, channels: int = 0, activation: str | None = None, is_path: bool = False) -> None:
+        self.name, self.channels, self.activation, self.is_path = name, channels, activation, is_path
+        self.calls, self.identity = 0, name
+        self.counts: _Counts | None = None
+        self.tags: dict[tuple[Any, ...], float] = {}
+        self._by_group: weakref.WeakKeyDictionary[ProcessGroup, _Counts] = weakref.WeakKeyDictionary()
+        self._group: weakref.ref[ProcessGroup] | None = None
+        _labels.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Label":
+        return Label(self.name, self.channels, self.activation, self.is_path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Label, (self.name, self.channels, self.activation, self.is_path)
+
+    def __repr__(self) -> str:
+        return f"Label({self.name!r})"
+
+    def rename(self, path: str) -> None:
+        self.name = self.identity = path
+        self.is_path = True
+        self.tags.clear()
+
+    def count(self, group: ProcessGroup) -> _Counts:
+        """One more synchronized call, over this group."""
+        self.calls += 1
+        counts = self.counts
+        if counts is None or self._group is None or self._group() is not group:
+            counts = self._counts_for(group)
+        if counts.went_back:
+            counts.nth, counts.went_back = 0, False
+        counts.nth += 1
+        return counts
+
+    def _counts_for(self, group: ProcessGroup) -> _Counts:
+        counts = self._by_group.get(group)
+        if counts is None:
+            counts = self._by_group[group] = _Counts(group)
+        self.counts, self._group = counts, weakref.ref(group)
+        if not self.is_path and self is not FUNCTION:
+            self.identity = f"#{counts.order}"
+            self.tags.clear()
+        return counts
+
+
+class Call:
+    """A synchronized call of a layer: its forward, and later its backward. number is the layer's on this rank.
+
+    direction is that of its newest sum over the ranks, tag what stands for that on the wire, turn its place in the
+    order of such sums on a device.
+    """
+
+    __slots__ = (
+        *("activation", "counts", "direction", "dtype", "group", "label"),
+        *("needs_grad", "nth", "number", "shape", "tag", "turn"),
+    )
+
+    def __init__(self, label: Label, group: ProcessGroup, x: Tensor, activation: str | None, needs_grad: bool) -> None:
+        self.counts = label.count(group)
+        self.label, self.group, self.needs_grad = label, group, needs_grad
+        self.activation = activation if label is FUNCTION else label.activation  # that of a call may depend on hooks
+        self.shape, self.dtype = x.shape, x.dtype
+        self.number, self.nth = label.calls, self.counts.nth
+        self.direction, self.tag, self.turn = "", 0.0, 0
+
+    def like(self) -> str:
+        """What of it must be alike on all ranks, besides its name."""
+        return worded(self.shape[1], self.activation, self.needs_grad)
+
+
+FUNCTION = Label("syncbn.functional.sync_batch_norm")
+"""Of calls that no layer makes."""
+
+
+def numbered(kind: str, channels: int, activation: str | None) -> Label:
+    """The label of a layer that nobody has named: by order of construction."""
+    size = f" ({channels} channels)" if channels else ""
+    return Label(f"{kind} #{next(_numbers)}{size}", channels, activation)
+
+
+def worded(channels: int, activation: str | None, needs_grad: bool) -> str:
+    """Of a call."""
+    parts = (f"{channels} channels", activation, None if needs_grad else "no gradient")
+    return ", ".join(filter(None, parts))
+
+
+def known_labels() -> list[Label]:
+    """Of all layers of this process."""
+    while True:
+        try:
+            return list(_labels)
+        except RuntimeError:  # another thread made a layer meanwhile
+            continue
+
+
+def name_by_path(root: nn.Module, anew: bool = False) -> None:
+    """The labels below root by their layers' paths; those that are paths already stay, unless anew."""
+    for name, module in root.named_modules():
+        label = module.__dict__.get("_label")
+        if isinstance(label, Label) and (anew or not label.is_path) and (path := _path_of(root, name)):
+            label.rename(path)
+
+
+def _path_of(model: nn.Module, name: str) -> str:
+    """A name of `model.named_modules()` without what wrappers put in, such as DDP's `module.`"""
+    parts: list[str] = []
+    module = model
+    for part in name.split(".") if name else ():
+        is_wrapper = type(module).__module__.startswith(("torch.nn.parallel.", "torch.distributed."))
+        if part not in _WRAPPED and not (part == "module" and is_wrapper):
+            parts.append(part)
+        module = module._modules[part]  # type: ignore[assignment]  # a path of modules
+    return ".".join(parts)

@@ -1,0 +1,266 @@
+"""The watch: one thread a process that says who waits for whom when a call has waited for long.
+
+A rank whose call has waited for `patience` seconds rings an alarm in the process group's store. Every rank's watch
+looks there each `interval` and writes down where its rank is. The one that rang makes a table of it, which every
+waiting rank logs, once a hang. It has a connection of its own to the store, on which nobody else waits.
+
+    alarm/1    who rang, and the ranks of the group      alarm/1/rank    where that rank is      alarm/1/table
+
+A look costs a message of some 60 bytes: at 1,024 ranks and an interval of 2 s, the store answers 512 a second.
+"""
+
+import atexit
+import collections
+import json
+import logging
+import multiprocessing.util
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from syncbn import comm, whereabouts
+from syncbn.names import Call
+from syncbn.whereabouts import Where
+
+PATIENCE = 60.0
+STORE_SECONDS = 5.0
+Place = tuple[Call, str, float]
+"""A call, its direction, and when it began or ended."""
+
+now: dict[int, Place] = {}
+"""By thread, the call that waits for other ranks."""
+last: Place | None = None
+"""The call that was the last to end."""
+device_place: Any = None
+"""Asks the device, if one takes part, which call it waits in: () -> Place | None."""
+_log = logging.getLogger("syncbn")
+_NO_ANSWER = "The other ranks could not be asked where they are: the process group's store does not answer."
+
+
+def patience() -> float:
+    """`SYNCBN_WATCH` in seconds, 0 for no watch."""
+    given = os.environ.get("SYNCBN_WATCH", "")
+    try:
+        seconds = float(given) if given else PATIENCE
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"SYNCBN_WATCH must be the seconds that a call may wait before it is reported, or 0; got {given!r}. "
+            f"Leave it away for {PATIENCE:.0f}."
+        )
+    return seconds
+
+
+class _Question:
+    """Where are all ranks of this call's group?"""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.answered, self.text = place, threading.Event(), ""
+
+    def answer(self, text: str) -> None:
+        self.text = text
+        self.answered.set()
+
+
+class Watch:
+    """Of this process. Its thread alone speaks to the store, so that nobody who asks waits longer than he wants to."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience, self.interval = patience, min(2.0, patience / 8)
+        self.answering = 2 * self.interval + 0.5
+        self._reported: Place | None = None
+        self._alarms = 0
+        self._store: Any = None
+        self._world: Any = None
+        self._questions: collections.deque[_Question] = collections.deque()
+        self._wake, self._stopped = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="syncbn-watch", daemon=True)
+        self._thread.start()
+
+    def ask(self, place: Place) -> str:
+        """The table of where the ranks are now, or why there is none; within some intervals."""
+        question = _Question(place)
+        self._questions.append(question)
+        self._wake.set()
+        question.answered.wait(2 * self.answering + 1)
+        return question.text or _NO_ANSWER
+
+    def stop(self) -> None:
+        """At the interpreter's end, when no thread may be left in a call of the store: with a last word to it."""
+        self._stopped.set()
+        self._wake.set()
+        self._thread.join(STORE_SECONDS + 1)
+
+    def _run(self) -> None:
+        self._safely(self._connect)
+        while not self._stopped.is_set():
+            self._wake.wait(self.interval)
+            self._wake.clear()
+            self._safely(self._connect)
+            while self._questions:
+                question = self._questions.popleft()
+                question.answer(self._safely(self._ring, question.place) or _NO_ANSWER)
+            self._safely(self._look)
+        self._safely(self._say_goodbye)
+
+    def _safely(self, step: Callable[..., Any], *given: Any) -> Any:
+        """A store that fails is not asked again: what waits is told by its transport."""
+        try:
+            return step(*given)
+        except Exception:
+            _log.debug("the watch has lost the group's store", exc_info=True)
+            self._store = None
+
+    def _connect(self) -> None:
+        """To the store of the default group there is now."""
+        world = comm.world()
+        if world is None or (self._world is not None and self._world() is world):
+            return
+        self._world, self._store, self._alarms = weakref.ref(world), comm.own_store("syncbn/watch", STORE_SECONDS), 0
+        while self._store.check([f"alarm/{self._alarms + 1}"]):  # of hangs before this rank came
+            self._alarms += 1
+
+    def _look(self) -> None:
+        """Whether a call here has waited for too long, or an alarm was rung."""
+        if self._store is None or comm.world() is None:
+            return
+        place = _waiting()
+        is_new = place is not None and place is not self._reported
+        if is_new and time.monotonic() - place[2] >= self.patience:  # type: ignore[index]  # then there is one
+            self._report(place)
+        elif self._store.check([f"alarm/{self._alarms + 1}"]):
+            self._alarms += 1
+            ranks = json.loads(self._store.get(f"alarm/{self._alarms}"))["ranks"]
+            self._answer(place)
+            if is_new and tuple(ranks) == comm.ranks_of(place[0].group):  # type: ignore[index]  # as above
+                self._report(place, heard=True)
+
+    def _report(self, place: Any, heard: bool = False) -> None:
+        self._reported = place
+        _log.warning(self._table(place, is_mine=False) if heard else self._ring(place))
+
+    def _ring(self, place: Place) -> str | None:
+        """The table; rings an alarm, or finds that another rank of the group has."""
+        if self._store is None:
+            return None
+        ranks = comm.ranks_of(place[0].group)
+        mine = json.dumps({"rank": comm.rank(), "ranks": ranks, "at": time.time()})
+        while True:
+            rung = self._store.compare_set(f"alarm/{self._alarms + 1}", "", mine).decode()
+            self._alarms += 1
+            self._answer(place)
+            if json.loads(rung)["ranks"] == list(ranks or ()):
+                return self._table(place, is_mine=rung == mine)
+
+    def _answer(self, place: Place | None) -> None:
+        self._store.set(f"alarm/{self._alarms}/{comm.rank()}", _where(place).encoded())
+
+    def _table(self, place: Place, is_mine: bool) -> str:
+        """The one that rang waits for the answers and makes it; the others take it from there, if it comes."""
+        store, key, ranks = self._store, f"alarm/{self._alarms}", comm.ranks_of(place[0].group) or ()
+        until = time.monotonic() + self.answering + (0 if is_mine else self.interval)
+        missing = set(ranks)
+        while time.monotonic() < until and missing:
+            if not is_mine and store.check([f"{key}/table"]):
+                return str(store.get(f"{key}/table").decode())
+            missing -= {rank for rank in missing if is_mine and store.check([f"{key}/{rank}"])}
+            time.sleep(self.interval / 20 if missing else 0)
+        found = [self._found(key, rank) for rank in ranks]
+        text = whereabouts.table(_title(place, ranks), found)
+        store.set(f"{key}/table", text)
+        return text
+
+    def _found(self, key: str, rank: int) -> Where:
+        for at in (f"{key}/{rank}", f"ended/{rank}"):
+            if self._store.check([at]):
+                return Where.decoded(self._store.get(at))
+        return Where(rank, "silent")
+
+    def _say_goodbye(self) -> None:
+        """Of a process that ends while the others may go on."""
+        error = getattr(sys, "last_value", None)
+        if self._store is not None and comm.world() is not None:
+            reason = "" if error is None else f"{type(error).__name__}: {error}"[:500]
+            self._store.set(f"ended/{comm.rank()}", _where(None)._replace(state="ended", at=reason).encoded())
+
+
+_watch: Watch | None = None
+is_started = False
+
+
+def start() -> None:
+    """Once a process, by its first synchronized call."""
+    global _watch, is_started
+    seconds = patience()
+    is_started = True
+    if seconds and _watch is None:
+        _watch = Watch(seconds)
+        if multiprocessing.parent_process() is None:
+            atexit.register(_watch.stop)
+        else:  # such a process ends without the interpreter's farewell
+            multiprocessing.util.Finalize(None, _watch.stop, exitpriority=100)
+
+
+def ask(place: Place) -> str:
+    """Where all ranks of this call's group are, for an error's text; empty without a watch."""
+    return "" if _watch is None else _watch.ask(place)
+
+
+def _waiting() -> Place | None:
+    """The call that has waited longest on this rank, on the host or on its device."""
+    places = [*now.values()]
+    if device_place is not None and (queued := device_place()) is not None:
+        places.append(queued)
+    return min(places, key=lambda place: place[2], default=None)
+
+
+def _where(place: Place | None) -> Where:
+    """This rank, now."""
+    state, known = ("outside", last) if place is None else ("waiting", place)
+    here = Where(comm.rank(), state, at=whereabouts.stack_of_main(inside=place is None), host=socket.gethostname())
+    if known is None:
+        return here
+    call, direction, since = known
+    return here._replace(
+        layer=call.label.name,
+        direction=direction,
+        call=call.number,
+        like=call.like(),
+        seconds=time.monotonic() - since,
+        progress=comm.progress_of(call.group),
+    )
+
+
+def _title(place: Place, ranks: Sequence[int]) -> str:
+    call, direction, since = place
+    where = f"layer {call.label.name!r} ({direction}, call {call.number})"
+    waited = f"rank {comm.rank()} has been in {where} for {time.monotonic() - since:.0f} s"
+    return f"syncbn: {waited}; ranks {_spans(ranks)} are:"
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    """0-3, 8 for 0, 1, 2, 3, 8."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _forget() -> None:
+    """In a forked process, which has no such thread and waits for nobody."""
+    global _watch, is_started, last
+    _watch, is_started, last = None, False, None
+    now.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

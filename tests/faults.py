@@ -1,0 +1,176 @@
+"""Ranks with a fault: fresh processes that may hang, raise, abort or be killed, and what each of them said.
+
+A fault is a function of this file or of a test's, called on every rank with its `Run`. Processes are forked from a
+server that has loaded torch, and nothing of a run outlives it.
+"""
+
+import datetime
+import logging
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+
+PATIENCE = 1.5
+WITHIN = PATIENCE + 5
+"""What a fault may take until every living rank has an error or a report."""
+TIMEOUT = datetime.timedelta(seconds=60)
+CHANNELS = {"first": 4, "second": 4, "third": 6}
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "torch.distributed", "syncbn", "tests.faults"])
+
+
+class Run(NamedTuple):
+    """What a fault is given: this rank among world, and a net of three layers, two of one size."""
+
+    rank: int
+    world: int
+    net: nn.Module
+
+    def x(self, channels: int = 4) -> Tensor:
+        generator = torch.Generator().manual_seed(self.rank)
+        return torch.randn(3, channels, 2, 2, generator=generator, requires_grad=True)
+
+    def call(self, name: str, x: Tensor | None = None) -> Tensor:
+        """A training call of one layer."""
+        layer = self.net.get_submodule(name)
+        return layer(self.x(CHANNELS[name]) if x is None else x)
+
+    def step(self) -> None:
+        """Forward and backward through all three layers."""
+        sum(self.call(name).square().sum() for name in CHANNELS).backward()
+
+
+class Said(NamedTuple):
+    """What a rank left: its error's text or None, its log, how it exited, after how many seconds it spoke, and the
+    buffers at its end; a rank that died said nothing.
+    """
+
+    error: str | None
+    log: list[tuple[float, str]]
+    exit: int | None
+    seconds: float
+    buffers: dict[str, Tensor]
+    alive: bool
+
+    def text(self) -> str:
+        """All its words."""
+        return "\n".join([*(line for _, line in self.log), self.error or ""])
+
+    def spoke_within(self, seconds: float) -> bool:
+        """Whether its error or first report came so early."""
+        times = [at for at, _ in self.log] + ([self.seconds] if self.error else [])
+        return bool(times) and min(times) <= seconds
+
+
+def net() -> nn.Module:
+    layers = {name: nn.BatchNorm2d(channels) for name, channels in CHANNELS.items()}
+    return syncbn.convert_sync_batchnorm(nn.ModuleDict(layers))
+
+
+def strike(
+    fault: Callable[[Run], None],
+    world: int = 2,
+    *,
+    store: str = "tcp",
+    within: float = 20.0,
+    timeout: datetime.timedelta = TIMEOUT,
+    **environment: str,
+) -> list[Said]:
+    """fault on every rank of a group; ranks that are not done `within` seconds are killed, and say what they said."""
+    with tempfile.TemporaryDirectory(prefix="syncbn-faults-") as folder:
+        address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
+        given = {"SYNCBN_WATCH": str(PATIENCE), **environment}
+        ranks = [_start(fault, rank, world, address, timeout, given) for rank in range(world)]
+        began, said = time.monotonic(), []
+        for process, connection in ranks:
+            left = max(0.0, began + within - time.monotonic())
+            said.append(_listen(process, connection, left))
+        for process, _ in ranks:
+            process.kill()
+            process.join()
+        return said
+
+
+def _start(fault: Any, rank: int, world: int, address: str, timeout: Any, given: dict[str, str]) -> Any:
+    ours, theirs = _server.Pipe(duplex=False)
+    process = _server.Process(target=_live, args=(fault, rank, world, address, timeout, given, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _listen(process: Any, connection: Connection, left: float) -> Said:
+    """All that a rank sends until it ends or the time is over."""
+    until, log, seconds, error, buffers, done = time.monotonic() + left, [], 0.0, None, {}, False
+    while not done:
+        rest = until - time.monotonic()
+        if not wait([connection], max(0.0, rest)):
+            break
+        try:
+            kind, at, what = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            break
+        if kind == "log":
+            log.append((at, what))
+        else:
+            seconds, (error, buffers), done = at, what, True
+    process.join(max(0.0, until - time.monotonic()) if done else 0.2)
+    return Said(error, log, process.exitcode, seconds, buffers, done)
+
+
+def _send(connection: Connection, kind: str, began: float, what: Any) -> None:
+    connection.send_bytes(pickle.dumps((kind, time.monotonic() - began, what)))
+
+
+class _Sender(logging.Handler):
+    def __init__(self, connection: Connection, began: float) -> None:
+        super().__init__(logging.WARNING)
+        self.connection, self.began = connection, began
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _send(self.connection, "log", self.began, record.getMessage())
+
+
+def _live(
+    fault: Any, rank: int, world: int, address: str, timeout: Any, given: dict[str, str], connection: Connection
+) -> None:
+    os.environ.update(given)
+    torch.set_num_threads(1)
+    model = net()
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timeout)
+    run = Run(rank, world, model)
+    run.step()  # one that is well: all have met
+    dist.barrier()
+    began = time.monotonic()
+    logging.getLogger("syncbn").addHandler(_Sender(connection, began))
+    error = None
+    try:
+        fault(run)
+    except BaseException:
+        error = traceback.format_exc()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    _send(connection, "done", began, (error, buffers))
+    connection.close()
+    if error is not None:
+        raise SystemExit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
