@@ -1,5 +1,6 @@
 # Sourced by single_node.sh and multi_node.sh, which set `me` (for messages) and `cpu_ranks` (ranks without GPUs).
-# Sets: root, PYTHON (the active environment's, else .venv's, else python3), NPROC (one rank per GPU), OMP_NUM_THREADS.
+# Sets: root, PYTHON (the active environment's, else .venv's, else python3), NPROC (one rank per GPU), OMP_NUM_THREADS,
+# MAX_RESTARTS (0).
 
 fail() {
     echo "$me: $1" >&2
@@ -30,5 +31,7 @@ END
 Run 'bash launch/quickstart.sh' once, which makes .venv with them, or activate an environment that has them."
 NPROC=${NPROC:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or $cpu_ranks)")}
 integer NPROC 1
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+integer MAX_RESTARTS 0
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))} # all ranks together: one per core

@@ -7,7 +7,9 @@
 # MASTER_ADDR  address of machine 0, as the others reach it
 # MASTER_PORT  a port that is free on machine 0
 # Optional, alike on all: NPROC (ranks per machine; default one per GPU, or 1), PYTHON, OMP_NUM_THREADS, and where a
-# machine has several networks NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (the interface's name, e.g. eth0).
+# machine has several networks NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (the interface's name, e.g. eth0), and
+# MAX_RESTARTS (how often the ranks are started anew after one has died; default 0): from the last checkpoint, or from
+# the beginning without --checkpoint. Rank 0 reads and writes its folder: only machine 0 must see it.
 set -euo pipefail
 me=multi_node.sh cpu_ranks=1
 missing=
@@ -25,4 +27,5 @@ integer NODE_RANK 0
 integer MASTER_PORT 1
 ((NODE_RANK < NNODES)) || fail "NODE_RANK counts from 0, so it must be below NNODES=$NNODES; got $NODE_RANK."
 exec "$PYTHON" "$root/launch/torchrun.py" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$NPROC" "$root/launch/train.py" "$@"
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
+    "$root/launch/train.py" "$@"

@@ -4,11 +4,15 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
 
 
 class Rank(NamedTuple):
@@ -31,7 +35,10 @@ def join() -> Rank:
     if not launched:
         return Rank(0, 1, None, device)
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, device_id=device if cuda else None)
+    store, rank, world = next(rendezvous("env://"))
+    if "STORE_PER_ATTEMPT" in os.environ:  # torchrun.py's: a restarted rank must not meet the addresses of the dead
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device if cuda else None)
     return Rank(dist.get_rank(), dist.get_world_size(), backend, device)
 
 
@@ -42,9 +49,13 @@ def leave() -> NoReturn:
     that goes down aborts the process after all work is done: seen once in 30 runs (see pytorch/pytorch#179291).
     """
     dist.destroy_process_group()
+    end(0)
+
+
+def end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def fail(message: str) -> NoReturn:
@@ -56,7 +67,38 @@ def fail(message: str) -> NoReturn:
         time.sleep(20)
     else:
         print(f"train.py: error: {message}", file=sys.stderr)
+    if dist.is_initialized():
+        end(2)
     sys.exit(2)
+
+
+def on_rank_0(me: Rank, action: Callable[[], T]) -> T:
+    """What action returns on rank 0, which alone does it, on every rank; its ValueError ends them all alike."""
+    said: list[Any] = [None, None]
+    if me.rank == 0:
+        try:
+            said[0] = action()
+        except ValueError as error:
+            said[1] = str(error)
+    if me.backend is not None:
+        dist.broadcast_object_list(said, 0)
+    if said[1] is not None:
+        fail(said[1])
+    return said[0]
+
+
+def require_alike(me: Rank, settings: dict[str, Any]) -> None:
+    """End all ranks if they were started with different settings: else they would wait for one another for ever."""
+    everyones = [settings] * me.world
+    if me.backend is not None:
+        dist.all_gather_object(everyones, settings)
+    for rank, theirs in enumerate(everyones):
+        for name in settings:
+            if theirs[name] != everyones[0][name]:
+                fail(
+                    f"All ranks train with the same settings; rank 0 has {name} {everyones[0][name]!r} "
+                    f"and rank {rank} {theirs[name]!r}. Give the same options to every node."
+                )
 
 
 def machine_name(device: torch.device) -> str:

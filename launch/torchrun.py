@@ -10,6 +10,9 @@ import sys
 def main() -> int:
     # torchrun forwards SIGINT, for which each rank prints a traceback; as an exception in here it ends them by SIGTERM.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    # torch keeps one store for all attempts, with the addresses of dead ranks in it: one in a few restarts would hang.
+    # Here the attempts' numbers are the same on all nodes (with a c10d rendezvous of several they would not be).
+    os.environ["STORE_PER_ATTEMPT"] = "1"
     try:
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

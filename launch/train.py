@@ -16,22 +16,34 @@ Under Slurm, with the node and GPU counts as sbatch options:
 
     sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sbatch --data cifar10
 
+With a checkpoint per epoch the same command, given again, goes on where the last run of it ended; with MAX_RESTARTS
+the launcher gives it again by itself when a rank dies. Rank 0 alone reads and writes the folder, so on several nodes
+it must be there for node 0, and shared if node 0 may be another machine the next time:
+
+    python launch/train.py --checkpoint out/run
+    MAX_RESTARTS=3 bash launch/single_node.sh --checkpoint out/run
+    MAX_RESTARTS=3 NNODES=2 NODE_RANK=0 MASTER_ADDR=first.node MASTER_PORT=29500 bash launch/multi_node.sh \
+        --checkpoint /shared/run                                     # and with NODE_RANK=1 on the other
+    MAX_RESTARTS=3 sbatch --requeue launch/slurm.sbatch --checkpoint /shared/run
+
 What is specific to synchronized batch norm is two lines: `convert_sync_batchnorm` in model.build, before the wrapping
 in DistributedDataParallel. The rest is what any such training needs to be right.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from checkpoint import Checkpoints
 from data import Data, crop_and_flip, load
+from log import Log
 from model import NORMS, build
-from ranks import Rank, fail, join, leave, machine_name
+from ranks import Rank, fail, join, leave, machine_name, require_alike
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -59,6 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="keep images as (N, H, W, C) in memory")
     parser.add_argument("--seed", type=int, default=0, help="of initialization, order and augmentation (default: 0)")
     parser.add_argument("--log-file", type=Path, help="append one JSON line per epoch to this file")
+    parser.add_argument("--checkpoint", type=Path, help="folder: write the state per epoch, and resume if it has one")
     parser.add_argument("--save", type=Path, help="write the trained state_dict to this file")
     return parser.parse_args(arguments)
 
@@ -109,15 +122,21 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
     optimizer = SGD(wrapped.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = CosineAnnealingLR(optimizer, args.epochs * steps)
     augmenting = torch.Generator().manual_seed(args.seed * me.world + me.rank)
-    with tqdm(total=args.epochs * steps, unit="step", disable=None if me.rank == 0 else True) as bar:
-        for epoch in range(1, args.epochs + 1):
+    log = Log(args.log_file if me.rank == 0 else None)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}
+    settings = describe(args, me) | {"lr": lr, "device": me.device.type, "images": len(data.train_images)}
+    require_alike(me, settings | {"checkpoint": args.checkpoint is not None})
+    checkpoints = args.checkpoint and Checkpoints(args.checkpoint, settings, me, parts, generators(augmenting, me))
+    finished = resume(checkpoints, wrapped, data, args, me) if checkpoints else 0
+    log.write()
+    with tqdm(total=args.epochs * steps, initial=finished * steps, unit="step", disable=me.rank > 0 or None) as bar:
+        for epoch in range(finished + 1, args.epochs + 1):
             sampler.set_epoch(epoch)
             began = time.perf_counter()
             for chosen in torch.tensor(list(sampler)).split(args.batch_size):
-                images, labels = data.train_images[chosen], data.train_labels[chosen].to(me.device)
+                images = data.train_images[chosen]
                 images = crop_and_flip(images, augmenting) if data.augment else images
-                with autocast(args, me):
-                    loss = F.cross_entropy(wrapped(to_input(images, data, args, me)), labels)
+                loss = loss_of(wrapped, images, data.train_labels[chosen], data, args, me)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -127,12 +146,43 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
                 torch.cuda.synchronize()
             ms_per_step = (time.perf_counter() - began) * 1e3 / steps
             accuracy, loss_test = evaluate(model, data, args, me)
+            log.rows.append(row(args, me, epoch, accuracy, loss_test, ms_per_step))
+            if checkpoints:
+                checkpoints.save(epoch)  # before the log: a row that is missing there is in here
+            log.write()
             if me.rank == 0:
-                bar.write(
-                    f"epoch {epoch}: accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
-                )
-                if args.log_file:
-                    append(args.log_file, args, me, epoch, accuracy, loss_test, ms_per_step)
+                out = f"accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
+                bar.write(f"epoch {epoch}: {out}")
+
+
+def resume(checkpoints: Checkpoints, wrapped: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> int:
+    """Load the newest checkpoint; the finished epoch, or 0 where there is none.
+
+    DistributedDataParallel orders its gradients anew after its first backward, and from 3 ranks on that order decides
+    the roundings. One backward before the load, of which nothing is kept, and they are those of the interrupted run.
+    """
+    state = checkpoints.read()
+    if state is None:
+        return 0
+    if state["epoch"] < args.epochs:
+        loss_of(wrapped, data.train_images[:2], data.train_labels[:2], data, args, me).backward()
+        wrapped.zero_grad()
+    return checkpoints.load(state)
+
+
+def generators(augmenting: torch.Generator, me: Rank) -> dict[str, torch.Generator]:
+    """Every source of random numbers that a step may use."""
+    sources = {"torch": torch.default_generator, "augmentation": augmenting}
+    if me.device.type == "cuda":
+        sources["cuda"] = torch.cuda.default_generators[me.device.index]
+    return sources
+
+
+def loss_of(
+    wrapped: nn.Module, images: Tensor, labels: Tensor, data: Data, args: argparse.Namespace, me: Rank
+) -> Tensor:
+    with autocast(args, me):
+        return F.cross_entropy(wrapped(to_input(images, data, args, me)), labels.to(me.device))
 
 
 @torch.no_grad()
@@ -172,15 +222,21 @@ def to_input(images: Tensor, data: Data, args: argparse.Namespace, me: Rank) -> 
     return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x.contiguous()
 
 
-def append(log: Path, args: argparse.Namespace, me: Rank, epoch: int, accuracy: float, loss: float, ms: float) -> None:
-    """One JSON line: what ran where, and what came out."""
-    row = {"machine": machine_name(me.device), "torch": torch.__version__, "backend": me.backend, "data": args.data}
-    row |= {"norm": args.norm, "seed": args.seed, "ranks": me.world, "batch_per_rank": args.batch_size}
-    row |= {"amp": args.amp, "channels_last": args.channels_last, "epochs": args.epochs, "epoch": epoch}
-    row |= {"accuracy": accuracy, "loss": loss, "ms_per_step": ms}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def describe(args: argparse.Namespace, me: Rank) -> dict[str, Any]:
+    """The settings that are columns of the log."""
+    row = {"data": args.data, "norm": args.norm, "seed": args.seed, "ranks": me.world}
+    return row | {
+        "batch_per_rank": args.batch_size,
+        "amp": args.amp,
+        "channels_last": args.channels_last,
+        "epochs": args.epochs,
+    }
+
+
+def row(args: argparse.Namespace, me: Rank, epoch: int, accuracy: float, loss: float, ms: float) -> dict[str, Any]:
+    """A line of the log: what ran where, and what came out."""
+    where = {"machine": machine_name(me.device), "torch": str(torch.__version__), "backend": me.backend}
+    return where | describe(args, me) | {"epoch": epoch, "accuracy": accuracy, "loss": loss, "ms_per_step": ms}
 
 
 if __name__ == "__main__":

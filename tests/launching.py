@@ -1,9 +1,12 @@
-"""How the tests start the scripts of launch/: a clean environment, a time limit, and the output as the failure."""
+"""How the tests start the scripts of launch/: a clean environment, a time limit, the output as the failure."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +42,24 @@ def write_cifar10(folder: Path, images: int = 4, seed: int = 0) -> dict[str, tor
         written[name] = torch.cat([labels, pixels], 1).to(torch.uint8)
         (folder / name).write_bytes(written[name].numpy().tobytes())
     return written
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def content(path: Path) -> list[tuple[str, Any]]:
+    """All that a checkpoint holds, flat, without times and the run's own name; tensors as bytes."""
+
+    def walk(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict | list | tuple):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(inner, f"{at}/{key}")
+        elif not at.endswith(("/ms_per_step", "/run")):
+            yield at, value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+    return list(walk(torch.load(path, weights_only=True), ""))
+
+
+def epochs_of(log: Path) -> list[int]:
+    return [json.loads(line)["epoch"] for line in log.read_text().splitlines()]

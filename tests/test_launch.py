@@ -77,6 +77,7 @@ def test_a_missing_variable_is_named_at_once(missing: str) -> None:
         ({"NODE_RANK": "1"}, "NODE_RANK counts from 0, so it must be below NNODES=1; got 1."),
         ({"NNODES": "two"}, "NNODES must be an integer of at least 1; got 'two'."),
         ({"NPROC": "0"}, "NPROC must be an integer of at least 1; got '0'."),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS must be an integer of at least 0; got '-1'."),
         ({"PYTHON": "/no/python"}, "PYTHON must be a Python interpreter; got '/no/python'."),
     ],
 )
@@ -128,18 +129,22 @@ def stub(path: Path, text: str) -> None:
 
 
 def test_slurm_starts_a_node_script_per_task(tmp_path: Path) -> None:
-    """slurm.sbatch hands every task its rank, the first host, a port, the GPU count and all arguments unchanged."""
+    """slurm.sbatch hands every task its rank, the first host, a port, the GPU count, the restarts and all arguments."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
     stub(tmp_path / "bin" / "scontrol", "printf 'n%d\\n' {7..20000}")  # more than a pipe holds
     stub(tmp_path / "bin" / "srun", 'for i in 0 1; do SLURM_NODEID=$i "${@:2}"; done')
     stub(
         tmp_path / "launch" / "multi_node.sh",
-        'echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $NPROC"; printf "<%s>" "$@"; echo',
+        'echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $NPROC $MAX_RESTARTS"; printf "<%s>" "$@"; echo',
     )
     job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
     job |= {"SLURM_JOB_ID": "123456", "SLURM_GPUS_ON_NODE": "4", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = run("bash", tmp_path / "launch" / "slurm.sbatch", "--data-dir", "a b", **job)
-    assert done.stdout.splitlines() == ["2 0 n7 23456 4", "<--data-dir><a b>", "2 1 n7 23456 4", "<--data-dir><a b>"]
+    for given, restarts in (({}, 0), ({"MAX_RESTARTS": "3"}, 3)):
+        lines = run(
+            "bash", tmp_path / "launch" / "slurm.sbatch", "--data-dir", "a b", **job, **given
+        ).stdout.splitlines()
+        assert lines[::2] == [f"2 0 n7 23456 4 {restarts}", f"2 1 n7 23456 4 {restarts}"]
+        assert lines[1::2] == ["<--data-dir><a b>", "<--data-dir><a b>"]
 
 
 def test_slurm_script_must_be_submitted_from_the_root(tmp_path: Path) -> None:

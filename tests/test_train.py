@@ -30,7 +30,7 @@ def train() -> Any:
 
     yield train
     sys.path.remove(str(LAUNCH))
-    for name in ("train", "data", "model", "ranks"):
+    for name in ("train", "checkpoint", "log", "data", "model", "ranks"):
         sys.modules.pop(name, None)
 
 
@@ -187,11 +187,13 @@ def test_cifar10_trains_in_bfloat16_and_channels_last(train: ModuleType, tmp_pat
 
 
 def test_help_lists_every_way_to_start(train: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """--help shows the commands for 1 process, 2 CPU ranks, 8 GPUs, 2 nodes and Slurm."""
+    """--help shows the commands for 1 process, 2 CPU ranks, 8 GPUs, 2 nodes and Slurm, and those that survive."""
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     text = capsys.readouterr().out
     for part in ("python launch/train.py", "--nproc-per-node 2", "--nproc-per-node 8", "NODE_RANK=1", "sbatch --nodes"):
+        assert part in text
+    for part in ("train.py --checkpoint", "MAX_RESTARTS=3 bash launch/single_node.sh --checkpoint", "sbatch --requeue"):
         assert part in text
 
 
