@@ -12,23 +12,16 @@ from threading import get_ident
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from syncbn import comm, fingerprint, inspection, watch
-from syncbn.fingerprint import BACKWARD, FORWARD, Found
-from syncbn.names import FUNCTION, Call, Label, known_labels, name_by_path
-from syncbn.watch import Place
+from syncbn import comm, fingerprint, inspection, mixups, progress, watch
+from syncbn.fingerprint import BACKWARD, FORWARD
+from syncbn.names import FUNCTION, Call, Label, Place, name_by_path
+from syncbn.progress import Progress
 
 _log = logging.getLogger("syncbn")
 _votes = functools.cache(fingerprint.is_on)
 """Whether this process takes part in the comparison, asked once."""
 _named: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models whose layers have got their paths here."""
-_HOW = (
-    "Call the same layers in the same order on every rank, with an empty batch if there is nothing to do. "
-    "If the models are alike and only converted or wrapped in different ways, call syncbn.name_layers(model) on every "
-    "rank, or set SYNCBN_FINGERPRINT=0, which turns this comparison off."
-)
-
-
 NO_MARK = 0.0, 0
 
 
@@ -63,21 +56,24 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
 
     Raises:
         RuntimeError: of the transport's own type, if that fails; on the CPU, on all ranks alike, if they are in
-            different calls; in check mode also on a GPU, before anything is sent.
+            different calls; on a GPU, if an earlier call was found to be so; in check mode before anything is sent.
     """
     if call is None:
         return wire
     thread, place = get_ident(), (call, call.direction, time.monotonic())
-    _enter(thread, place)
+    device = None if wire.is_cpu else progress.of(wire.device)
+    _enter(thread, place, device)
     try:
         try:
             comm.all_sum(wire, call.group)
         except RuntimeError as error:
             raise _failed(place, error) from error
-        if call.tag and wire.is_cpu:
+        if device is not None:
+            call.turn = device.enqueue(call)
+        elif call.tag and wire.is_cpu:
             found = fingerprint.read(wire, call.tag)
             if not found.agree():
-                raise _mixed_up(place, found)
+                raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
     finally:
         _leave(thread, place)
     return wire
@@ -89,7 +85,7 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     if call is None:
         return comm.functional_sum(wire, group_name)[..., :-2]
     thread, place = get_ident(), (call, direction, time.monotonic())
-    _enter(thread, place)
+    _enter(thread, place, None)
     try:
         return comm.functional_sum(wire, group_name)[..., :-2]
     except RuntimeError as error:
@@ -98,10 +94,13 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
         _leave(thread, place)
 
 
-def _enter(thread: int, place: Place) -> None:
+def _enter(thread: int, place: Place, device: Progress | None) -> None:
     """Before a sum over the ranks: whoever waits in it can be seen."""
     if not watch.is_started:
         watch.start()
+    if device is not None and (found := device.mixed_up()) is not None:
+        device.forget()
+        raise RuntimeError(mixups.on_device(comm.rank(), device.place_of(found.tag), found))
     watch.now[thread] = place
     if inspection.is_on():
         try:
@@ -126,42 +125,22 @@ def _inspect(place: Place) -> None:
         raise _failed(place, error) from error
     if differing is not None:
         raise RuntimeError(
-            "All ranks of a group must make the same synchronized call; in check mode, before it, the ranks said:\n"
-            f"{differing}\nNothing was sent and no buffer has moved. {_HOW}"
+            f"{mixups.RULE}; in check mode, before it, they said:\n{differing}\n"
+            f"Nothing was sent and no buffer has moved. {mixups.HOW}"
         )
 
 
 def _failed(place: Place, error: RuntimeError) -> RuntimeError:
     """Of the type that the transport raised, so that whoever catches it still does.
 
-    The line is logged at once: a launcher may end this process before the others have been asked.
+    A line is logged at once: a launcher may end this process before the others have been asked.
     """
-    call, direction, since = place
     reason = str(error).partition("\n")[0]
-    where = f"layer {call.label.name!r} ({direction}, call {call.number}, {call.like()})"
-    text = f"The sum over the ranks failed in {where} on rank {comm.rank()}, after {time.monotonic() - since:.1f} s"
-    _log.error("syncbn: %s: %s", text, reason)
-    text = f"{text}: {reason}\n{watch.ask(place)}".rstrip()
+    waited = f"after {time.monotonic() - place[2]:.1f} s"
+    text = f"The sum over the ranks failed on rank {comm.rank()} in {mixups.worded(place)}, {waited}: {reason}"
+    _log.error("syncbn: %s", text)
+    text = f"{text}\n{watch.ask(place)}".rstrip()
     try:
         return type(error)(text)
     except TypeError:  # one that takes more than a text
         return RuntimeError(text)
-
-
-def _mixed_up(place: Place, found: Found) -> RuntimeError:
-    call, direction, _ = place
-    own = f"layer {call.label.name!r} ({direction}, call {call.number}, {call.like()})"
-    return RuntimeError(
-        f"All ranks of a group must be in the same synchronized call; got rank {comm.rank()} in {own} and "
-        f"{_others(found)}. The sums were dropped and no buffer has moved. {_HOW}\n{watch.ask(place)}".rstrip()
-    )
-
-
-def _others(found: Found) -> str:
-    """What the rest is in, as far as two numbers tell."""
-    other, voters = fingerprint.other_of(found), int(found.votes // fingerprint.VOTE)
-    if other is None:
-        return f"others of {voters} ranks in at least two more calls"
-    who = f"{other.ranks} of {voters} ranks"
-    calls = sorted({call for label in known_labels() for call in fingerprint.calls_with(other.tag, label)})
-    return f"{who} in {' or '.join(calls) or 'another call, of a layer that this rank does not know'}"

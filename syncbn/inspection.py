@@ -85,10 +85,13 @@ def compare(call: Call, direction: str, patience: float) -> str | None:
     rows = torch.zeros(len(ranks), ROW, dtype=torch.uint8)
     own = json.dumps(Row.of(call, direction)).encode()
     rows[comm.rank_in(call.group), : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    comm.all_sum(rows, comm.side_group(call.group, patience))
+    side = comm.side_group(call.group, patience)
+    comm.all_sum(rows, side)
     found = [_decoded(row.numpy().tobytes()) for row in rows]
     if all(row[:-1] == found[0][:-1] for row in found):
         return None
+    with contextlib.suppress(RuntimeError):  # whoever raises may end and take its connections with it: let all read on
+        comm.all_sum(torch.zeros(1), side)
     return "\n".join(f"  rank {rank}: {row.text()}" for rank, row in zip(ranks, found, strict=True))
 
 

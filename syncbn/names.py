@@ -111,6 +111,9 @@ class Call:
         return worded(self.shape[1], self.activation, self.needs_grad)
 
 
+Place = tuple[Call, str, float]
+"""A call, its direction, and when it began or ended, by time.monotonic()."""
+
 FUNCTION = Label("syncbn.functional.sync_batch_norm")
 """Of calls that no layer makes."""
 

@@ -1,63 +1,89 @@
 """How far a device has come with the calls that the host has enqueued, and whether one of them was mixed up.
 
 A kernel after each sum compares the fingerprint and writes what it finds, and the number of its turn, to a few bytes of
-pinned host memory; the host reads them when it enqueues the next call, and the watch now and then. Nobody waits.
-
-    report    tag of the first call that was mixed up, or 0; the sums V and Q it found; the last turn that came
+the host's memory, see gpu_report.py; the host reads them when it enqueues the next call, and the watch now and then.
+Nobody waits for a device, and what is captured in a graph takes no turn.
 """
 
 import ctypes
 import threading
 import time
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
+from syncbn.backends import gpu_report, gpu_workspace, name_for
 from syncbn.fingerprint import Found
-from syncbn.names import Call
+from syncbn.names import Call, Place
 
-Place = tuple[Call, str, float]
 RECENT = 4096
 """Calls that the host may be ahead of the device and still know by name."""
 _Four = ctypes.c_double * 4
 
 
+class _Enqueued(NamedTuple):
+    place: Place
+    tag: float
+
+
 class Progress:
     """Of one device."""
 
-    def __init__(self, report: Tensor) -> None:
-        self._kept = report
-        self._report = _Four.from_address(report.data_ptr())
-        self._places: list[Place | None] = [None] * RECENT
+    def __init__(self, device: torch.device) -> None:
+        self._kept = gpu_report.report_of(device)
+        self._report = _Four.from_address(self._kept.data_ptr())
+        self._recent: list[_Enqueued | None] = [None] * RECENT
         self._lock = threading.Lock()
-        self.turns = 0
-        self._seen = 0, 0.0
+        self._turns, self._came, self._since = 0, 0, 0.0
         self._shown: tuple[int, Place] | None = None
 
-    def enqueue(self, call: Call, direction: str) -> int:
-        """The number of this call's turn."""
+    def enqueue(self, call: Call) -> int:
+        """The number of the turn of this call's sum."""
         with self._lock:
-            self.turns += 1
-            self._places[self.turns % RECENT] = call, direction, time.monotonic()
-            return self.turns
+            self._turns += 1
+            place = call, call.direction, time.monotonic()
+            self._recent[self._turns % RECENT] = _Enqueued(place, call.tag)
+            return self._turns
 
-    def mixed_up(self) -> tuple[Place | None, Found] | None:
-        """The first call of which the device found other ranks in another one, once; None if there is none."""
-        if self._report[0] == 0.0:
-            return None
-        found = Found(*self._report[:3])
+    def mixed_up(self) -> Found | None:
+        """The first call of which the device found other ranks in another one."""
+        return Found(*self._report[:3]) if self._report[0] else None
+
+    def forget(self) -> None:
+        """What was mixed up has been raised."""
         self._report[0] = 0.0
-        return next((p for p in self._places if p is not None and p[2] == found.tag), None), found
+
+    def place_of(self, tag: float) -> Place | None:
+        """The newest call that had it."""
+        known = [each.place for each in self._recent if each is not None and each.tag == tag]
+        return max(known, key=lambda place: place[2], default=None)
 
     def waiting(self) -> Place | None:
-        """The call whose turn has not come, since it was enqueued or the one before it came."""
-        came, turns = int(self._report[3]), self.turns
-        if came >= turns:
-            return None
-        if came != self._seen[0]:
-            self._seen = came, time.monotonic()
-        place = self._places[(came + 1) % RECENT] if turns - came < RECENT else None
-        if place is None:
+        """The call whose turn has not come, since it was enqueued or since the one before it came."""
+        came, turns = int(self._report[3]), self._turns
+        if came != self._came:
+            self._came, self._since = came, time.monotonic()
+        next_one = self._recent[(came + 1) % RECENT]
+        if came >= turns or turns - came >= RECENT or next_one is None:
             return None
         if self._shown is None or self._shown[0] != came:
-            self._shown = came, (place[0], place[1], max(place[2], self._seen[1]))
+            call, direction, since = next_one.place
+            self._shown = came, (call, direction, max(since, self._since))
         return self._shown[1]
+
+
+_all: dict[int, Progress] = {}
+
+
+def of(device: torch.device) -> Progress | None:
+    """Of a device whose kernels write; None while a graph is captured there, and where none do."""
+    if device.type != "cuda" or gpu_workspace.is_capturing(device):
+        return None
+    found = _all.get(device.index or 0)
+    if found is None and name_for(torch.empty(0, dtype=torch.float64, device=device)) == "gpu":
+        found = _all.setdefault(device.index or 0, Progress(device))
+    return found
+
+
+def every() -> list[Progress]:
+    return list(_all.values())

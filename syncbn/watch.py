@@ -23,21 +23,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from syncbn import comm, whereabouts
-from syncbn.names import Call
+from syncbn import comm, mixups, progress, whereabouts
+from syncbn.fingerprint import Found
+from syncbn.names import Place
 from syncbn.whereabouts import Where
 
 PATIENCE = 60.0
 STORE_SECONDS = 5.0
-Place = tuple[Call, str, float]
-"""A call, its direction, and when it began or ended."""
-
 now: dict[int, Place] = {}
 """By thread, the call that waits for other ranks."""
 last: Place | None = None
 """The call that was the last to end."""
-device_place: Any = None
-"""Asks the device, if one takes part, which call it waits in: () -> Place | None."""
 _log = logging.getLogger("syncbn")
 _NO_ANSWER = "The other ranks could not be asked where they are: the process group's store does not answer."
 
@@ -75,6 +71,9 @@ class Watch:
         self.patience, self.interval = patience, min(2.0, patience / 8)
         self.answering = 2 * self.interval + 0.5
         self._reported: Place | None = None
+        self._mixed_up: Found | None = None
+        self._quiet_since: Any = None
+        """The last call after one that failed: the process may be on its way out, and the store gone already."""
         self._alarms = 0
         self._store: Any = None
         self._world: Any = None
@@ -106,7 +105,9 @@ class Watch:
             while self._questions:
                 question = self._questions.popleft()
                 question.answer(self._safely(self._ring, question.place) or _NO_ANSWER)
-            self._safely(self._look)
+                self._quiet_since = last
+            if now or last is not self._quiet_since:
+                self._safely(self._look)
         self._safely(self._say_goodbye)
 
     def _safely(self, step: Callable[..., Any], *given: Any) -> Any:
@@ -130,6 +131,7 @@ class Watch:
         """Whether a call here has waited for too long, or an alarm was rung."""
         if self._store is None or comm.world() is None:
             return
+        self._look_at_devices()
         place = _waiting()
         is_new = place is not None and place is not self._reported
         if is_new and time.monotonic() - place[2] >= self.patience:  # type: ignore[index]  # then there is one
@@ -140,6 +142,13 @@ class Watch:
             self._answer(place)
             if is_new and tuple(ranks) == comm.ranks_of(place[0].group):  # type: ignore[index]  # as above
                 self._report(place, heard=True)
+
+    def _look_at_devices(self) -> None:
+        for device in progress.every():
+            found = device.mixed_up()
+            if found is not None and found != self._mixed_up:
+                self._mixed_up = found
+                _log.error("syncbn: %s", mixups.on_device(comm.rank(), device.place_of(found.tag), found))
 
     def _report(self, place: Any, heard: bool = False) -> None:
         self._reported = place
@@ -214,10 +223,8 @@ def ask(place: Place) -> str:
 
 def _waiting() -> Place | None:
     """The call that has waited longest on this rank, on the host or on its device."""
-    places = [*now.values()]
-    if device_place is not None and (queued := device_place()) is not None:
-        places.append(queued)
-    return min(places, key=lambda place: place[2], default=None)
+    queued = [place for device in progress.every() if (place := device.waiting()) is not None]
+    return min([*now.values(), *queued], key=lambda place: place[2], default=None)
 
 
 def _where(place: Place | None) -> Where:
@@ -238,9 +245,7 @@ def _where(place: Place | None) -> Where:
 
 
 def _title(place: Place, ranks: Sequence[int]) -> str:
-    call, direction, since = place
-    where = f"layer {call.label.name!r} ({direction}, call {call.number})"
-    waited = f"rank {comm.rank()} has been in {where} for {time.monotonic() - since:.0f} s"
+    waited = f"rank {comm.rank()} has been in {mixups.worded(place)} for {time.monotonic() - place[2]:.0f} s"
     return f"syncbn: {waited}; ranks {_spans(ranks)} are:"
 
 

@@ -14,7 +14,7 @@ from syncbn.fingerprint import BACKWARD, FORWARD
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(__file__) + os.sep
-_STDLIB = sysconfig.get_path("stdlib") + os.sep
+_STANDARD = (sysconfig.get_path("stdlib") + os.sep, "<frozen")
 LINES = {"silent": 0, "ended": 1, "outside": 2, "waiting": 3}
 
 
@@ -58,15 +58,17 @@ class Where(NamedTuple):
 
 
 def stack_of_main(inside: bool) -> str:
-    """File, line and function of the main thread: the innermost that is the user's own, and the innermost at all."""
+    """File, line and function of the main thread: the innermost of the user's own, and the library's that it called."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    innermost = frame
-    while frame is not None and _is_foreign(frame.f_code.co_filename):
-        frame = frame.f_back
-    if innermost is None:
+    if frame is None:
         return "its main thread has ended"
-    own = frame or innermost
-    return f"at {_spot(own)}" + (f", inside {_spot(innermost)}" if inside and own is not innermost else "")
+    frames = [frame]
+    while (frame := frame.f_back) is not None:
+        frames.append(frame)
+    libraries = [each for each in frames if not _is_of(each, _STANDARD)]
+    own = [each for each in libraries if not _is_of(each, (_TORCH, _OURS))] or frames
+    called = f", inside {_spot(libraries[0])}" if inside and libraries and libraries[0] is not own[0] else ""
+    return f"at {_spot(own[0])}{called}"
 
 
 def table(title: str, found: list[Where]) -> str:
@@ -131,7 +133,6 @@ def _spot(frame: FrameType) -> str:
     return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _is_foreign(filename: str) -> bool:
-    """Of torch, of this package, or of Python."""
-    is_standard = filename.startswith(_STDLIB) and "site-packages" not in filename
-    return filename.startswith((_TORCH, _OURS, "<frozen")) or is_standard
+def _is_of(frame: FrameType, folders: tuple[str, ...]) -> bool:
+    name = frame.f_code.co_filename
+    return name.startswith(folders) and not (folders is _STANDARD and "site-packages" in name)

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -54,16 +54,15 @@ class Run(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a rank left: its error's text or None, its log, how it exited, after how many seconds it spoke, and the
-    buffers at its end; a rank that died said nothing.
-    """
+    """What a rank left: its error or None, its log with times, its exit, when it was done, the buffers before and after."""
 
     error: str | None
     log: list[tuple[float, str]]
     exit: int | None
     seconds: float
+    before: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    alive: bool
+    is_done: bool
 
     def text(self) -> str:
         """All its words."""
@@ -84,24 +83,48 @@ def strike(
     fault: Callable[[Run], None],
     world: int = 2,
     *,
+    until: Sequence[int] | None = None,
     store: str = "tcp",
     within: float = 20.0,
     timeout: datetime.timedelta = TIMEOUT,
     **environment: str,
 ) -> list[Said]:
-    """fault on every rank of a group; ranks that are not done `within` seconds are killed, and say what they said."""
+    """fault on every rank of a group, until all are done, or the ranks of `until` have said something, or `within`
+    seconds are over; then what lives is killed.
+    """
     with tempfile.TemporaryDirectory(prefix="syncbn-faults-") as folder:
         address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         given = {"SYNCBN_WATCH": str(PATIENCE), **environment}
         ranks = [_start(fault, rank, world, address, timeout, given) for rank in range(world)]
-        began, said = time.monotonic(), []
-        for process, connection in ranks:
-            left = max(0.0, began + within - time.monotonic())
-            said.append(_listen(process, connection, left))
-        for process, _ in ranks:
+        said = _listen({connection: rank for rank, (_, connection) in enumerate(ranks)}, until, within)
+        for rank, (process, _) in enumerate(ranks):
+            process.join(2 if said[rank].is_done else 0)
+            said[rank] = said[rank]._replace(exit=process.exitcode)
             process.kill()
             process.join()
         return said
+
+
+def _listen(connections: dict[Connection, int], until: Sequence[int] | None, within: float) -> list[Said]:
+    said = [Said(None, [], None, 0.0, {}, {}, False) for _ in connections]
+    end = time.monotonic() + within
+    while connections and (left := end - time.monotonic()) > 0:
+        for connection in wait(list(connections), left):
+            rank = connections[connection]
+            try:
+                kind, at, what = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                del connections[connection]
+                continue
+            if kind == "log":
+                said[rank].log.append((at, what))
+            else:
+                said[rank] = said[rank]._replace(
+                    seconds=at, error=what[0], before=what[1], buffers=what[2], is_done=True
+                )
+        if until is not None and all(said[rank].log or said[rank].is_done for rank in until):
+            break
+    return said
 
 
 def _start(fault: Any, rank: int, world: int, address: str, timeout: Any, given: dict[str, str]) -> Any:
@@ -110,25 +133,6 @@ def _start(fault: Any, rank: int, world: int, address: str, timeout: Any, given:
     process.start()
     theirs.close()
     return process, ours
-
-
-def _listen(process: Any, connection: Connection, left: float) -> Said:
-    """All that a rank sends until it ends or the time is over."""
-    until, log, seconds, error, buffers, done = time.monotonic() + left, [], 0.0, None, {}, False
-    while not done:
-        rest = until - time.monotonic()
-        if not wait([connection], max(0.0, rest)):
-            break
-        try:
-            kind, at, what = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            break
-        if kind == "log":
-            log.append((at, what))
-        else:
-            seconds, (error, buffers), done = at, what, True
-    process.join(max(0.0, until - time.monotonic()) if done else 0.2)
-    return Said(error, log, process.exitcode, seconds, buffers, done)
 
 
 def _send(connection: Connection, kind: str, began: float, what: Any) -> None:
@@ -154,6 +158,7 @@ def _live(
     run = Run(rank, world, model)
     run.step()  # one that is well: all have met
     dist.barrier()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     began = time.monotonic()
     logging.getLogger("syncbn").addHandler(_Sender(connection, began))
     error = None
@@ -161,8 +166,7 @@ def _live(
         fault(run)
     except BaseException:
         error = traceback.format_exc()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    _send(connection, "done", began, (error, buffers))
+    _send(connection, "done", began, (error, before, dict(model.named_buffers())))
     connection.close()
     if error is not None:
         raise SystemExit(1)
