@@ -72,6 +72,7 @@ class Watch:
         self.answering = 2 * self.interval + 0.5
         self._reported: Place | None = None
         self._mixed_up: Found | None = None
+        self._told: tuple[Place, str] | None = None
         self._quiet_since: Any = None
         """The last call after one that failed: the process may be on its way out, and the store gone already."""
         self._alarms = 0
@@ -156,6 +157,8 @@ class Watch:
 
     def _ring(self, place: Place) -> str | None:
         """The table; rings an alarm, or finds that another rank of the group has."""
+        if self._told is not None and self._told[0] is place:  # another's alarm, while this call was waiting
+            return self._told[1]
         if self._store is None:
             return None
         ranks = comm.ranks_of(place[0].group)
@@ -177,12 +180,15 @@ class Watch:
         missing = set(ranks)
         while time.monotonic() < until and missing:
             if not is_mine and store.check([f"{key}/table"]):
-                return str(store.get(f"{key}/table").decode())
+                text: str = store.get(f"{key}/table").decode()
+                self._told = place, text
+                return text
             missing -= {rank for rank in missing if is_mine and store.check([f"{key}/{rank}"])}
             time.sleep(self.interval / 20 if missing else 0)
         found = [self._found(key, rank) for rank in ranks]
         text = whereabouts.table(_title(place, ranks), found)
         store.set(f"{key}/table", text)
+        time.sleep(self.interval / 8)  # this process may be about to end, and the store with it: let the others read
         return text
 
     def _found(self, key: str, rank: int) -> Where:

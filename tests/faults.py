@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a rank left: its error or None, its log with times, its exit, when it was done, the buffers before and after."""
+    """What a rank left: its error or None, its log with times, its exit, when it was done, and its buffers."""
 
     error: str | None
     log: list[tuple[float, str]]
@@ -72,6 +72,20 @@ class Said(NamedTuple):
         """Whether its error or first report came so early."""
         times = [at for at, _ in self.log] + ([self.seconds] if self.error else [])
         return bool(times) and min(times) <= seconds
+
+
+def named(said: Said, *words: str) -> None:
+    """The rank spoke in time and in these words."""
+    assert said.spoke_within(WITHIN), said
+    for word in words:
+        assert word in said.text(), said.text()
+
+
+def unmoved(faulty: list[Said]) -> None:
+    """Nobody's buffers have moved."""
+    for said in faulty:
+        assert said.before
+        assert all(buffer.equal(said.before[name]) for name, buffer in said.buffers.items())
 
 
 def net() -> nn.Module:
@@ -98,7 +112,7 @@ def strike(
         ranks = [_start(fault, rank, world, address, timeout, given) for rank in range(world)]
         said = _listen({connection: rank for rank, (_, connection) in enumerate(ranks)}, until, within)
         for rank, (process, _) in enumerate(ranks):
-            process.join(2 if said[rank].is_done else 0)
+            process.join(10 if said[rank].is_done else 0)
             said[rank] = said[rank]._replace(exit=process.exitcode)
             process.kill()
             process.join()

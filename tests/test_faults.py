@@ -3,155 +3,21 @@
 The README's table of faults is of these tests.
 """
 
-import os
 import signal
-import time
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import nn
 
-import syncbn
-from tests.faults import WITHIN, Run, Said, strike
+from tests import astray
+from tests.faults import WITHIN, named, strike, unmoved
 
 FIRST = "layer 'first' (forward, call 2, 4 channels)"
 SECOND = "layer 'second' (forward, call 2, 4 channels)"
 
 
-def named(said: Said, *words: str) -> None:
-    """The rank spoke in time and in these words."""
-    assert said.spoke_within(WITHIN), said
-    for word in words:
-        assert word in said.text(), said.text()
-
-
-def unmoved(faulty: list[Said]) -> None:
-    """Nobody's buffers have moved."""
-    for said in faulty:
-        assert said.before
-        assert all(buffer.equal(said.before[name]) for name, buffer in said.buffers.items())
-
-
-def skips(run: Run) -> None:
-    run.call("second" if run.rank == 1 else "first")
-
-
-def skips_another_size(run: Run) -> None:
-    run.call("third" if run.rank == 1 else "first")
-    time.sleep(10)
-
-
-def calls_twice(run: Run) -> None:
-    run.call("first")
-    if run.rank == 1:
-        run.call("first")
-    run.call("second")
-
-
-def one_goes_back(run: Run) -> None:
-    y = run.call("first")
-    if run.rank == 1:
-        y.sum().backward()
-    run.call("second")
-
-
-def goes_back_in_another_order(run: Run) -> None:
-    calls = [run.call("first"), run.call("first")]
-    for y in calls if run.rank else reversed(calls):
-        y.square().sum().backward()
-
-
-def validates_in_train_mode(run: Run) -> None:
-    if run.rank == 0:
-        run.call("first")
-    dist.barrier()
-
-
-def is_stuck_in_its_loader(run: Run) -> None:
-    if run.rank == 1:
-        next(iter(torch.utils.data.DataLoader(_Stuck(), num_workers=1, multiprocessing_context="fork")))
-    run.call("first")
-
-
-class _Stuck(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        time.sleep(30)
-        return torch.zeros(1)
-
-
-def sleeps(run: Run) -> None:
-    if run.rank == 1:
-        time.sleep(3)
-    run.call("first")
-
-
-def raises(run: Run) -> None:
-    if run.rank == 1:
-        raise ValueError("a sample of another kind")
-    run.call("first")
-
-
-def is_killed_in_forward(run: Run) -> None:
-    if run.rank == 1:
-        run.net["first"].register_forward_pre_hook(_kill)
-    run.call("first")
-
-
-def is_killed_in_backward(run: Run) -> None:
-    y = run.call("first")
-    if run.rank == 1:
-        y.register_hook(_kill)
-    y.sum().backward()
-
-
-def is_killed_between_steps(run: Run) -> None:
-    if run.rank == 1:
-        time.sleep(0.2)
-        _kill()
-    run.call("first")
-
-
-def _kill(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def runs_out_of_data(run: Run) -> None:
-    for _ in range(1 + run.rank):
-        run.call("first")
-
-
-def has_more_channels(run: Run) -> None:
-    syncbn.SyncBatchNorm(4 + run.rank)(run.x(4 + run.rank))
-    time.sleep(10)
-
-
-def has_another_activation(run: Run) -> None:
-    syncbn.SyncBatchNorm(4, activation=("relu", None)[run.rank % 2])(run.x())
-
-
-def has_another_dtype(run: Run) -> None:
-    run.call("first", run.x().half() if run.rank else None)
-
-
-def needs_no_gradient(run: Run) -> None:
-    run.call("first", run.x().detach() if run.rank else None)
-
-
-def joins(run: Run) -> None:
-    ddp = nn.parallel.DistributedDataParallel(run.net["first"])
-    with ddp.join():
-        for _ in range(1 + run.rank):
-            ddp(run.x()).sum().backward()
-
-
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_rank_skips_a_layer_of_the_same_size(world: int) -> None:
     """All ranks raise before a buffer moves, with their own layer and the others'; the sums are of two layers."""
-    for rank, said in enumerate(faulty := strike(skips, world)):
+    for rank, said in enumerate(faulty := strike(astray.skips, world)):
         named(said, SECOND if rank == 1 else FIRST, f"rank {rank} in", f"1 of {world} ranks" if rank != 1 else "ranks")
         named(said, "layer 'first' (forward" if rank == 1 else "layer 'second' (forward", "in different layers")
     unmoved(faulty)
@@ -159,21 +25,21 @@ def test_a_rank_skips_a_layer_of_the_same_size(world: int) -> None:
 
 def test_a_rank_skips_a_layer_of_another_size() -> None:
     """gloo ends the process that receives more than it expects; the other one's error names layer and rank."""
-    first, second = strike(skips_another_size, until=[0, 1], store="file", within=WITHIN)
+    first, second = strike(astray.skips_another_size, until=[0, 1], store="file", within=WITHIN)
     assert first.exit == -signal.SIGABRT or second.exit == -signal.SIGABRT
     named(second if first.exit == -signal.SIGABRT else first, "call 2", "does not answer")
 
 
 def test_a_rank_calls_a_layer_twice() -> None:
     """Both raise, naming both calls."""
-    first, second = strike(calls_twice)
+    first, second = strike(astray.calls_twice)
     named(first, SECOND, "1 of 2 ranks in layer 'first' (forward, 4 channels)")
     named(second, "layer 'first' (forward, call 3, 4 channels)", "1 of 2 ranks in layer 'second' (forward, 4 channels)")
 
 
 def test_a_rank_goes_back_where_the_other_does_not() -> None:
     """The messages differ in size, so one process is ended by gloo; the other one's error names its layer."""
-    first, second = strike(one_goes_back, store="file", within=WITHIN)
+    first, second = strike(astray.one_goes_back, store="file", within=WITHIN)
     alive = [said for said in (first, second) if said.error]
     assert alive
     named(alive[0], "call 2", "ranks 0-1 are:")
@@ -181,7 +47,7 @@ def test_a_rank_goes_back_where_the_other_does_not() -> None:
 
 def test_a_rank_goes_back_in_another_order() -> None:
     """The backward passes of two calls of one layer are told apart, and no gradient of another call is taken."""
-    for rank, said in enumerate(strike(goes_back_in_another_order)):
+    for rank, said in enumerate(strike(astray.goes_back_in_another_order)):
         named(
             said,
             f"layer 'first' (backward, call {(3, 2)[rank]}, 4 channels)",
@@ -191,33 +57,35 @@ def test_a_rank_goes_back_in_another_order() -> None:
 
 def test_rank_0_validates_in_train_mode() -> None:
     """The rank that waits reports where the other is and what usually causes that."""
-    first, _ = strike(validates_in_train_mode, until=[0], within=WITHIN)
+    first, _ = strike(astray.validates_in_train_mode, until=[0], within=WITHIN)
     named(first, FIRST, "rank 1", "its last was 'first' backward, call 1", "in barrier", "model.eval()")
     assert len(first.log) == 1
 
 
 def test_a_rank_is_stuck_in_its_loader() -> None:
     """The report says so, with the user's line."""
-    first, _ = strike(is_stuck_in_its_loader, until=[0], within=WITHIN)
-    named(first, FIRST, "test_faults.py", "in is_stuck_in_its_loader", "dataloader.py", "a slow or stuck loader")
+    first, _ = strike(astray.is_stuck_in_its_loader, until=[0], within=WITHIN)
+    named(first, FIRST, "test_faults.py", "in astray.is_stuck_in_its_loader", "dataloader.py", "a slow or stuck loader")
 
 
 def test_a_rank_sleeps_for_longer_than_the_patience() -> None:
     """One report; when the rank comes, the step goes on as if nothing had been."""
-    first, second = strike(sleeps)
-    named(first, FIRST, "rank 1", "in sleeps", "other work")
+    first, second = strike(astray.sleeps)
+    named(first, FIRST, "rank 1", "in astray.sleeps", "other work")
     assert len(first.log) == 1
     assert first.error is second.error is None
     assert first.buffers["first.num_batches_tracked"] == 2
 
 
-@pytest.mark.parametrize("fault", [is_killed_in_forward, is_killed_in_backward, is_killed_between_steps])
+@pytest.mark.parametrize(
+    "fault", [astray.is_killed_in_forward, astray.is_killed_in_backward, astray.is_killed_between_steps]
+)
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_is_killed(fault: object, world: int) -> None:
     """Every other rank's error is of the transport's type, chained to it, and says which rank is silent."""
     faulty = strike(fault, world, within=WITHIN + 2)
     assert faulty[1].exit == -signal.SIGKILL
-    way = "backward, call 2" if fault is is_killed_in_backward else "forward, call 2"
+    way = "backward, call 2" if fault is astray.is_killed_in_backward else "forward, call 2"
     for rank in set(range(world)) - {1}:
         named(faulty[rank], f"on rank {rank} in layer 'first' ({way}, 4 channels)", "rank 1: does not answer", "killed")
         assert "direct cause of the following exception" in (faulty[rank].error or "")
@@ -225,81 +93,60 @@ def test_a_rank_is_killed(fault: object, world: int) -> None:
 
 def test_a_rank_raises() -> None:
     """The other says that it has ended, and where it waits itself."""
-    first, second = strike(raises)
+    first, second = strike(astray.raises)
     assert "a sample of another kind" in (second.error or "")
     named(first, "rank 0 in " + FIRST, "rank 1", "has ended", "syncbn.EvenLoader")
 
 
 def test_a_rank_runs_out_of_data() -> None:
     """The rank that goes on says which layer it waits in, and that the other has left."""
-    first, second = strike(runs_out_of_data, store="file")
+    first, second = strike(astray.runs_out_of_data, store="file")
     assert first.error is None
     named(second, "layer 'first' (forward, call 3, 4 channels)", "rank 0")
 
 
 def test_ranks_disagree_on_channels() -> None:
     """gloo ends one process; the other one's error names its layer."""
-    first, second = strike(has_more_channels, until=[0, 1], store="file", within=WITHIN)
+    first, second = strike(astray.has_more_channels, until=[0, 1], store="file", within=WITHIN)
     named(second if first.exit == -signal.SIGABRT else first, "channels)", "does not answer")
 
 
 def test_ranks_disagree_on_the_activation() -> None:
     """Both raise, with both activations."""
-    for said in strike(has_another_activation):
+    for said in strike(astray.has_another_activation):
         named(said, "(forward, call 1, 4 channels", "(forward, 4 channels", "relu")
 
 
 def test_ranks_disagree_on_the_gradient() -> None:
     """Both raise at once, where the backward pass would have hung."""
-    for said in (faulty := strike(needs_no_gradient)):
+    for said in (faulty := strike(astray.needs_no_gradient)):
         named(said, "no gradient", "'first'")
     unmoved(faulty)
 
 
 def test_ranks_may_disagree_on_the_dtype() -> None:
     """The wire is float64 whatever the input: no error, and the same buffers."""
-    first, second = strike(has_another_dtype)
+    first, second = strike(astray.has_another_dtype)
     assert first.error is second.error is None
     assert first.buffers["first.running_var"].equal(second.buffers["first.running_var"])
 
 
 def test_join_is_refused() -> None:
     """On all ranks, before anything is sent, with what to use instead."""
-    for said in strike(joins):
+    for said in strike(astray.joins):
         named(said, "join()", "syncbn.EvenLoader")
         assert "RuntimeError" in (said.error or "")
 
 
-CHECKED = [skips, skips_another_size, calls_twice, one_goes_back, has_more_channels, has_another_activation]
-CHECKED += [has_another_dtype, needs_no_gradient, goes_back_in_another_order]
-
-
-@pytest.mark.parametrize("fault", CHECKED)
-def test_check_mode_finds_it_before_anything_is_sent(fault: object) -> None:
-    """Also where sizes differ: a RuntimeError on all ranks with a table of all, no abort, no moved buffer."""
-    for said in (faulty := strike(fault, 3, SYNCBN_CHECK="1")):
-        named(said, "RuntimeError", "in check mode", "rank 0: '", "rank 1: '", "rank 2: '", "Nothing was sent")
-        assert said.exit == 1
-    if fault in (skips, skips_another_size, has_another_dtype, needs_no_gradient):
-        unmoved(faulty)
-
-
-@pytest.mark.parametrize("fault", [validates_in_train_mode, is_stuck_in_its_loader])
-def test_check_mode_waits_no_longer_than_the_patience(fault: object) -> None:
-    """A rank that does not come is an error that says where it is."""
-    first, _ = strike(fault, within=WITHIN, SYNCBN_CHECK="1")
-    named(first, FIRST, "rank 1", "in no synchronized layer")
-
-
 def test_without_the_comparison_two_layers_are_summed() -> None:
     """SYNCBN_FINGERPRINT=0 turns it off: this is what it is for."""
-    first, second = strike(skips, SYNCBN_FINGERPRINT="0")
+    first, second = strike(astray.skips, SYNCBN_FINGERPRINT="0")
     assert first.error is second.error is None
     assert first.buffers["first.running_mean"].equal(second.buffers["second.running_mean"])
 
 
 def test_without_the_watch_the_error_still_names_the_layer() -> None:
     """SYNCBN_WATCH=0 starts no thread, and nobody is asked."""
-    first, _ = strike(is_killed_in_forward, SYNCBN_WATCH="0")
+    first, _ = strike(astray.is_killed_in_forward, SYNCBN_WATCH="0")
     named(first, FIRST, "on rank 0")
     assert "does not answer" not in first.text()

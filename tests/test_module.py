@@ -28,7 +28,7 @@ def test_constructor_order_is_torchs() -> None:
     positional = [name for name, p in torchs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     assert {name: ours[name].default for name in positional} == {name: torchs[name].default for name in positional}
-    assert [name for name, p in ours.items() if p.kind is p.KEYWORD_ONLY] == ["bias", "activation"]
+    assert [name for name, p in ours.items() if p.kind is p.KEYWORD_ONLY] == ["bias", "activation", "skip_nonfinite"]
 
 
 def test_functional_order_is_torchs() -> None:

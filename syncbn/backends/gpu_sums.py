@@ -258,9 +258,10 @@ def move_running(
     old_var = tl.load(var_ptr + channel, mask=exists, other=0.0).to(tl.float64)
     new_mean = old_mean + factor * (mean - old_mean)
     new_var = old_var + factor * (unbiased - old_var)
-    moves = fits(new_mean, mean_ptr) & fits(new_var, var_ptr) if SKIP else exists
-    store_as(mean_ptr + channel, tl.where(moves & (count > 0), new_mean, old_mean), exists)
-    store_as(var_ptr + channel, tl.where(moves & (count > 1), new_var, old_var), exists)
+    if SKIP:
+        exists = exists & fits(new_mean, mean_ptr) & fits(new_var, var_ptr)
+    store_as(mean_ptr + channel, tl.where(count > 0, new_mean, old_mean), exists)
+    store_as(var_ptr + channel, tl.where(count > 1, new_var, old_var), exists)
     if CUMULATIVE:
         if arrive(semaphore_ptr, groups):
             tl.store(tracked_ptr, calls.to(tracked_ptr.dtype.element_ty))
