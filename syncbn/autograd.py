@@ -8,8 +8,7 @@ from torch.distributed import ProcessGroup
 
 from syncbn import calls, composed, recompute
 from syncbn.backends import Backend, Epilogue, Running, select
-from syncbn.fingerprint import BACKWARD, FORWARD
-from syncbn.names import Call, Label
+from syncbn.names import BACKWARD, FORWARD, Call, Label
 from syncbn.recompute import Taken
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from syncbn import comm, fingerprint, inspection, mixups, progress, watch
-from syncbn.fingerprint import BACKWARD, FORWARD
-from syncbn.names import FUNCTION, Call, Label, Place, name_by_path
+from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, name_by_path
 from syncbn.progress import Progress
 
 _log = logging.getLogger("syncbn")
@@ -74,8 +73,9 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
             found = fingerprint.read(wire, call.tag)
             if not found.agree():
                 raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
+        _done(place)
     finally:
-        _leave(thread, place)
+        del watch.now[thread]
     return wire
 
 
@@ -87,11 +87,13 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     thread, place = get_ident(), (call, direction, time.monotonic())
     _enter(thread, place, None)
     try:
-        return comm.functional_sum(wire, group_name)[..., :-2]
+        summed = comm.functional_sum(wire, group_name)[..., :-2]
+        _done(place)
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
-        _leave(thread, place)
+        del watch.now[thread]
+    return summed
 
 
 def _enter(thread: int, place: Place, device: Progress | None) -> None:
@@ -110,11 +112,9 @@ def _enter(thread: int, place: Place, device: Progress | None) -> None:
             raise
 
 
-def _leave(thread: int, place: Place) -> None:
-    del watch.now[thread]
+def _done(place: Place) -> None:
     watch.last = place
-    if place[1] is BACKWARD:
-        place[0].counts.went_back = True
+    place[0].went(place[1])
 
 
 def _inspect(place: Place) -> None:

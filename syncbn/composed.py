@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from syncbn import calls, comm, recompute
 from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
-from syncbn.fingerprint import BACKWARD, FORWARD
-from syncbn.names import Call
+from syncbn.names import BACKWARD, FORWARD, Call
 from syncbn.recompute import Taken
 
 _ORDINARY = (Tensor, torch.nn.Parameter)

@@ -17,8 +17,7 @@ from syncbn import calls, recompute
 from syncbn.autograd import gradients
 from syncbn.backends import Epilogue, Running, name_for, select
 from syncbn.backends.recent import Recent
-from syncbn.fingerprint import BACKWARD, FORWARD
-from syncbn.names import Call, Label
+from syncbn.names import BACKWARD, FORWARD, Call, Label
 
 if TYPE_CHECKING:
     from syncbn.backends.gpu_direct import Launches

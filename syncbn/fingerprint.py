@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from syncbn.backends import ACTIVATIONS
-from syncbn.names import Label, worded
+from syncbn.names import BACKWARD, FORWARD, Label, worded
 
-FORWARD, BACKWARD = "forward", "backward"
 VOTE = 2.0**32
 MOST = 1 << 20
 MOST_TAGS = 1024

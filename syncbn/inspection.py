@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from syncbn import comm
-from syncbn.fingerprint import BACKWARD
-from syncbn.names import Call
+from syncbn.names import BACKWARD, Call
 
 ROW = 512
 """Bytes in which a rank says where it is."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+FORWARD, BACKWARD = "forward", "backward"
 _numbers = itertools.count(1)
 _labels: "weakref.WeakSet[Label]" = weakref.WeakSet()
 _orders: "weakref.WeakKeyDictionary[ProcessGroup, itertools.count[int]]" = weakref.WeakKeyDictionary()
@@ -17,14 +18,14 @@ _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 class _Counts:
     """Of a layer's calls over one group.
 
-    order is the layer's among those that have been called there, nth a call's since the layer's last backward.
+    order is the layer's among those without a path that were called there, nth a call's since the last backward.
     """
 
     __slots__ = ("nth", "order", "went_back")
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.order = next(_orders.setdefault(group, itertools.count(1)))
-        self.nth, self.went_back = 0, False
+    def __init__(self) -> None:
+        self.order = self.nth = 0
+        self.went_back = False
 
 
 class Label:
@@ -64,23 +65,15 @@ class Label:
         self.is_path = True
         self.tags.clear()
 
-    def count(self, group: ProcessGroup) -> _Counts:
-        """One more synchronized call, over this group."""
-        self.calls += 1
-        counts = self.counts
-        if counts is None or self._group is None or self._group() is not group:
-            counts = self._counts_for(group)
-        if counts.went_back:
-            counts.nth, counts.went_back = 0, False
-        counts.nth += 1
-        return counts
-
-    def _counts_for(self, group: ProcessGroup) -> _Counts:
+    def counts_over(self, group: ProcessGroup) -> _Counts:
+        if self.counts is not None and self._group is not None and self._group() is group:
+            return self.counts
         counts = self._by_group.get(group)
         if counts is None:
-            counts = self._by_group[group] = _Counts(group)
+            counts = self._by_group[group] = _Counts()
         self.counts, self._group = counts, weakref.ref(group)
         if not self.is_path and self is not FUNCTION:
+            counts.order = counts.order or next(_orders.setdefault(group, itertools.count(1)))
             self.identity = f"#{counts.order}"
             self.tags.clear()
         return counts
@@ -99,12 +92,19 @@ class Call:
     )
 
     def __init__(self, label: Label, group: ProcessGroup, x: Tensor, activation: str | None, needs_grad: bool) -> None:
-        self.counts = label.count(group)
+        self.counts = counts = label.counts_over(group)
         self.label, self.group, self.needs_grad = label, group, needs_grad
         self.activation = activation if label is FUNCTION else label.activation  # that of a call may depend on hooks
         self.shape, self.dtype = x.shape, x.dtype
-        self.number, self.nth = label.calls, self.counts.nth
+        self.number, self.nth = label.calls + 1, 1 if counts.went_back else counts.nth + 1
         self.direction, self.tag, self.turn = "", 0.0, 0
+
+    def went(self, direction: str) -> None:
+        """Count it, now that its sum was taken; one that failed before, for want of memory say, is made again."""
+        if direction == FORWARD:
+            self.label.calls, self.counts.nth, self.counts.went_back = self.number, self.nth, False
+        else:
+            self.counts.went_back = True
 
     def like(self) -> str:
         """What of it must be alike on all ranks, besides its name."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from syncbn.fingerprint import BACKWARD, FORWARD
+from syncbn.names import BACKWARD, FORWARD
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(__file__) + os.sep

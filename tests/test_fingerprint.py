@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn import calls, fingerprint
 from syncbn.backends.reference import stamped
-from syncbn.fingerprint import BACKWARD, FORWARD, MOST, Found, Other
-from syncbn.names import Label, numbered
+from syncbn.fingerprint import MOST, Found, Other
+from syncbn.names import BACKWARD, FORWARD, Label, numbered
 from tests.ranks import RankPool
 
 TAGS = st.integers(1, MOST - 1)
@@ -245,3 +245,19 @@ def _ddp() -> None:
 def test_paths_that_come_with_ddp_alarm_nobody(ranks: RankPool) -> None:
     """The layers of a model that is called without its wrapper first."""
     ranks.run(2, _ddp)
+
+
+def _a_call_made_again() -> None:
+    layer = syncbn.SyncBatchNorm(4)
+    _step(layer)
+    if dist.get_rank():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("syncbn.backends.cpu.batch_sums", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                _step(layer)
+    _step(layer, layer)
+
+
+def test_a_call_that_is_made_again_alarms_nobody(ranks: RankPool) -> None:
+    """One rank ran out of memory before its sums were sent, and tried once more."""
+    ranks.run(2, _a_call_made_again)
