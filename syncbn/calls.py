@@ -70,8 +70,8 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
         if device is not None:
             call.turn = device.enqueue(call)
         elif call.tag and wire.is_cpu:
-            found = fingerprint.read(wire, call.tag)
-            if not found.agree():
+            found = fingerprint.differing(wire, call.tag)
+            if found is not None:
                 raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
         _done(place)
     finally:

@@ -34,11 +34,6 @@ class Found(NamedTuple):
     votes: float
     squares: float
 
-    def agree(self) -> bool:
-        """Whether all that voted are in the call of this tag."""
-        voters = self.votes // VOTE
-        return self.votes == voters * (VOTE + self.tag) and self.squares == voters * self.tag * self.tag
-
 
 class Other(NamedTuple):
     """What the other ranks are in, where there are no more than two calls: how many ranks, and its tag."""
@@ -67,10 +62,15 @@ def _hash(label: Label, *alike: Any) -> float:
     return float(1 + int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % (MOST - 1))
 
 
-def read(wire: Tensor, tag: float) -> Found:
-    """From the end of a wire on the CPU. An ATen indexing takes as long as all of this."""
-    two = _Two.from_address(wire.data_ptr() + 8 * (wire.numel() - 2))
-    return Found(tag, two[0], two[1])
+def differing(wire: Tensor, tag: float) -> Found | None:
+    """What the end of a wire on the CPU says if not all that voted are in the call of this tag; None if they are."""
+    votes, squares = _Two.from_address(
+        wire.data_ptr() + 8 * wire.numel() - 16
+    )  # an ATen indexing takes five times that
+    voters = votes // VOTE
+    if votes == voters * (VOTE + tag) and squares == voters * tag * tag:
+        return None
+    return Found(tag, votes, squares)
 
 
 def other_of(found: Found) -> Other | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype, reference
 from syncbn.backends.cpu_layout import Layout, Scratch
-from syncbn.backends.reference import activate_, is_finite, moments, parameter_grads, scale_of, stamped
+from syncbn.backends.reference import MOST, activate_, moments, parameter_grads, scale_of, stamped
 
 
 def batch_sums(x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
@@ -86,9 +86,11 @@ def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> 
         return
     new_mean = torch.lerp(running.mean.double(), mean, running.momentum)
     new_var = torch.lerp(running.var.double(), var * (n / (n - 1)), running.momentum)
-    if running.skip_nonfinite and not bool(is_finite(running, new_mean, new_var).all()):
-        reference.move_running(running, mean, var, count)
-        return
+    if running.skip_nonfinite:
+        largest = float(torch.maximum(new_mean.abs(), new_var).max())
+        if not largest <= min(MOST[running.mean.dtype], MOST[running.var.dtype]):  # so of NaN, too
+            reference.move_running(running, mean, var, count)
+            return
     running.mean.copy_(new_mean)
     running.var.copy_(new_var)
     if tracked is not None:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
+from syncbn.backends import GPU_DTYPES, LEAKY_SLOPE, Epilogue, Running, compute_dtype
 
 VOTE = 2.0**32
 """What a rank that takes part in the comparison adds to its tag: see fingerprint.py."""
+MOST = {dtype: torch.finfo(dtype).max for dtype in GPU_DTYPES}
+"""The largest number of each dtype that a buffer may have."""
 _Two = ctypes.c_double * 2
 
 
@@ -76,11 +78,11 @@ def grad_input(
 
 def stamped(wire: Tensor, tag: float) -> Tensor:
     """wire, ending with the fingerprint of this tag: 2³² + tag, tag²."""
-    if wire.device.type != "cpu":
+    if not wire.is_cpu:
         wire[-2:] = torch.tensor([VOTE + tag, tag * tag] if tag else [0.0, 0.0])
         return wire
     # Two ATen indexings would take 3 µs, this takes 0.4.
-    two = _Two.from_address(wire.data_ptr() + 8 * (wire.numel() - 2))
+    two = _Two.from_address(wire.data_ptr() + 8 * wire.numel() - 16)
     two[0], two[1] = (VOTE + tag, tag * tag) if tag else (0.0, 0.0)
     return wire
 
@@ -118,7 +120,7 @@ def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> 
 
 def is_finite(running: Running, mean: Tensor, var: Tensor) -> Tensor:
     """Of each channel, whether both are numbers that the buffers can hold."""
-    most = min(torch.finfo(running.mean.dtype).max, torch.finfo(running.var.dtype).max)
+    most = min(MOST[running.mean.dtype], MOST[running.var.dtype])
     return torch.maximum(mean.abs(), var.abs()) <= most  # false of NaN
 
 
