@@ -6,11 +6,13 @@ from syncbn.comm import new_group
 from syncbn.convert import convert_sync_batchnorm, name_layers, plain, register_converter, revert_sync_batchnorm
 from syncbn.freeze import freeze, unfreeze
 from syncbn.inspection import checking
+from syncbn.loader import EvenLoader
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncbn.report import conversion_report
 
 __version__ = "0.1.0"
 __all__ = [
+    "EvenLoader",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",

@@ -191,6 +191,37 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
     return group
 
 
+def check_loader(loader: object, process_group: object, empty: object, device: Any) -> torch.device | None:
+    """Something to iterate over, a group or None, a function or None, a device or None, as torch knows it."""
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"loader must be iterable, as a DataLoader is; got {type(loader).__name__}. "
+            "Pass what your loop iterates over."
+        )
+    if not (process_group is None or comm.is_group(process_group)):
+        raise TypeError(
+            f"process_group must be a ProcessGroup, a 1-d DeviceMesh or None; got {type(process_group).__name__}. "
+            "Pass the group of the model's layers and of DistributedDataParallel, or nothing for the default one."
+        )
+    if not (empty is None or callable(empty)):
+        raise TypeError(
+            f"empty must be a function from a batch to an empty one, or None; got {type(empty).__name__}. "
+            "Pass e.g. empty=lambda batch: batch[:0]."
+        )
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"device must be a device or None; got {device!r}. Pass e.g. device='cuda:0'.") from None
+
+
+def loader_failed(rank: int, what: str) -> RuntimeError:
+    """For the ranks whose loaders did not."""
+    return RuntimeError(
+        f"Every rank's loader must give batches or end; that of rank {rank} raised {what}. "
+        f"See rank {rank}'s traceback for where; this rank stops with it, as no step can be made without all ranks."
+    )
+
+
 def check_symbolic(argument: object) -> None:
     """No process group: torch.fx can write none into a graph."""
     if isinstance(argument, comm.Group):

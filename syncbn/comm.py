@@ -5,9 +5,10 @@ No process group, an uninitialised one and a group of one are the same case: the
 
 import contextlib
 import datetime
+import functools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,58 @@ def functional_sum(sums: Tensor, group_name: str) -> Tensor:
     functional = torch.ops._c10d_functional
     summed: Tensor = functional.wait_tensor(functional.all_reduce(sums.contiguous(), "sum", group_name))
     return summed
+
+
+def is_group(given: object) -> bool:
+    """A process group, a mesh, or what torch gives a rank outside of the group in its place."""
+    return isinstance(given, Group) or (isinstance(given, int) and given == dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def device_of(group: ProcessGroup, given: torch.device | None = None) -> torch.device:
+    """Where what the group sums lies: as given, or on the CPU; where the transport takes none there, on this rank's."""
+    transports = dist.get_backend_config(group)  # "cuda:nccl", "cpu:gloo,cuda:nccl"
+    device = given or torch.device("cpu" if "cpu:" in transports else transports.split(":")[0])
+    if device.type == "cpu" or device.index is not None:
+        return device
+    bound = group.bound_device_id  # by init_process_group(device_id=…)
+    is_bound = bound is not None and bound.type == device.type
+    return bound if is_bound else torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+def start_largest(numbers: Sequence[int], group: ProcessGroup, device: torch.device) -> Callable[[], list[int]]:
+    """The largest of the ranks' numbers, place by place; started now, waited for by calling what is returned.
+
+    On a GPU on a stream of its own, so that reading waits for no work but the group's earlier collectives.
+    """
+    ours = torch.tensor(numbers, device="cpu")  # whatever the default device
+    if device.type == "cpu":
+        work = dist.all_reduce(ours, dist.ReduceOp.MAX, group=group, async_op=True)
+        return functools.partial(_read, work.wait, ours)
+    runtime = torch.get_device_module(device)
+    with runtime.stream(_side_stream(device)):
+        theirs = ours.pin_memory().to(device, non_blocking=True)
+        dist.all_reduce(theirs, dist.ReduceOp.MAX, group=group, async_op=True).wait()  # the stream waits, the host not
+        answer = torch.empty_like(ours, pin_memory=True).copy_(theirs, non_blocking=True)
+        arrived = runtime.Event()
+        arrived.record()
+    return functools.partial(_read, arrived.synchronize, answer)
+
+
+def _read(wait: Callable[[], Any], answer: Tensor) -> list[int]:
+    wait()
+    return answer.tolist()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.get_device_module(device).Stream(device)
+
+
+def from_rank(sent: Any, rank: int, group: ProcessGroup, device: torch.device) -> Any:
+    """What the rank of that number in the group sends to all; it is pickled."""
+    box = [sent]
+    dist.broadcast_object_list(box, group=group, device=device, group_src=rank)
+    return box[0]
 
 
 def new_group(scope: int | str) -> ProcessGroup | None:

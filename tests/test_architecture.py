@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "syncbn"
 LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "refusals", "swap", "classes", "watched"]
 LEVELS += [
+    "loader",
+    "emptied",
     "module",
     "functional",
     "symbolic",

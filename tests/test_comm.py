@@ -41,3 +41,37 @@ def _sum() -> None:
 def test_the_sum_is_over_the_group(ranks: RankPool) -> None:
     """WORLD is the default; a sub-group sums its members; an outsider is told."""
     ranks.run(3, _sum)
+
+
+def _largest() -> None:
+    group, rank = comm.peers(None), dist.get_rank()
+    with torch.device("meta"):  # the default device is not where flags lie
+        answer = comm.start_largest((rank, 5 - rank, 0), group, comm.device_of(group))
+    assert comm.all_sum(torch.ones(1), group).item() == 3  # while the other is on its way
+    assert answer() == answer() == [2, 5, 0]
+    assert comm.device_of(group, torch.device("cuda:1")) == torch.device("cuda:1")
+    assert comm.from_rank({"a": rank}, 1, group, comm.device_of(group)) == {"a": 1}
+
+
+def test_the_largest_of_all_ranks(ranks: RankPool) -> None:
+    """What was started is read later, as often as one likes; a rank's object reaches all."""
+    ranks.run(3, _largest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_nobody_waits_for_the_main_stream() -> None:
+    """Under NCCL the answer is read while work that was queued before it still runs."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        device = comm.device_of(group)
+        assert device == torch.device("cuda", torch.cuda.current_device())
+        assert comm.start_largest((1, 2, 3), group, device)() == [1, 2, 3]  # the communicator is made
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        busy = torch.cuda.Event()
+        busy.record()
+        assert comm.start_largest((4, 5, 6), group, device)() == [4, 5, 6]
+        assert not busy.query()
+    finally:
+        dist.destroy_process_group()
