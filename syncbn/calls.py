@@ -7,15 +7,19 @@ import functools
 import logging
 import time
 import weakref
+from collections.abc import Callable
 from threading import get_ident
+from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from syncbn import comm, fingerprint, inspection, mixups, progress, watch
-from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, name_by_path
+from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, Step, name_by_path
 from syncbn.progress import Progress
 
+T = TypeVar("T")
 _log = logging.getLogger("syncbn")
 _votes = functools.cache(fingerprint.is_on)
 """Whether this process takes part in the comparison, asked once."""
@@ -61,7 +65,7 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
         return wire
     thread, place = get_ident(), (call, call.direction, time.monotonic())
     device = None if wire.is_cpu else progress.of(wire.device)
-    _enter(thread, place, device)
+    _enter(thread, call, place, device)
     try:
         try:
             comm.all_sum(wire, call.group)
@@ -73,7 +77,7 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
             found = fingerprint.differing(wire, call.tag)
             if found is not None:
                 raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
-        _done(place)
+        _done(call, place)
     finally:
         del watch.now[thread]
     return wire
@@ -85,10 +89,10 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     if call is None:
         return comm.functional_sum(wire, group_name)[..., :-2]
     thread, place = get_ident(), (call, direction, time.monotonic())
-    _enter(thread, place, None)
+    _enter(thread, call, place, None)
     try:
         summed = comm.functional_sum(wire, group_name)[..., :-2]
-        _done(place)
+        _done(call, place)
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
@@ -96,7 +100,21 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     return summed
 
 
-def _enter(thread: int, place: Place, device: Progress | None) -> None:
+def next_batch(group: ProcessGroup, number: int, answer: Callable[[], T]) -> T:
+    """answer(), for which a loader waits on the other ranks, seen by the watch as a layer's call is."""
+    if not watch.is_started:
+        watch.start()
+    thread, place = get_ident(), (Step(group, number), FORWARD, time.monotonic())
+    watch.now[thread] = place
+    try:
+        return answer()
+    except RuntimeError as error:
+        raise _failed(place, error) from error
+    finally:
+        del watch.now[thread]
+
+
+def _enter(thread: int, call: Call, place: Place, device: Progress | None) -> None:
     """Before a sum over the ranks: whoever waits in it can be seen."""
     if not watch.is_started:
         watch.start()
@@ -106,21 +124,20 @@ def _enter(thread: int, place: Place, device: Progress | None) -> None:
     watch.now[thread] = place
     if inspection.is_on():
         try:
-            _inspect(place)
+            _inspect(call, place)
         except BaseException:
             del watch.now[thread]
             raise
 
 
-def _done(place: Place) -> None:
+def _done(call: Call, place: Place) -> None:
     watch.last = place
-    place[0].went(place[1])
+    call.went(place[1])
 
 
-def _inspect(place: Place) -> None:
-    call, direction, _ = place
+def _inspect(call: Call, place: Place) -> None:
     try:
-        differing = inspection.compare(call, direction, watch.patience())
+        differing = inspection.compare(call, place[1], watch.patience())
     except RuntimeError as error:
         raise _failed(place, error) from error
     if differing is not None:

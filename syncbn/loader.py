@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from syncbn import checks, comm
+from syncbn import calls, checks, comm
 from syncbn.emptied import emptied
 
 _NONE: Any = object()
@@ -193,8 +194,8 @@ def _in_step(source: _Source, company: _Company) -> Iterator[Any]:
     """Its own batches, then empty ones, as long as any rank has one."""
     source.fetch()
     process, answer = os.getpid(), company.start(source)
-    while True:
-        has, fails, lacks = answer()
+    for step in itertools.count(1):
+        has, fails, lacks = calls.next_batch(company.group, step, answer)
         company.check(source, fails)
         if not has:
             return

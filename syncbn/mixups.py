@@ -32,7 +32,7 @@ def on_device(rank: int, place: Place | None, found: Found) -> str:
 
 def worded(place: Place) -> str:
     call, direction, _ = place
-    return f"layer {call.label.name!r} ({direction}, call {call.number}, {call.like()})"
+    return f"{call.what()} ({direction}, call {call.number}, {call.like()})"
 
 
 def _others(found: Found) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -106,12 +106,29 @@ class Call:
         else:
             self.counts.went_back = True
 
+    def what(self) -> str:
+        """Whose call it is."""
+        return f"layer {self.label.name!r}"
+
     def like(self) -> str:
         """What of it must be alike on all ranks, besides its name."""
         return worded(self.shape[1], self.activation, self.needs_grad)
 
 
-Place = tuple[Call, str, float]
+class Step(NamedTuple):
+    """Not a layer's call but a loader's, for which ranks wait as well: whether there is a next batch."""
+
+    group: ProcessGroup
+    number: int
+
+    def what(self) -> str:
+        return "EvenLoader"
+
+    def like(self) -> str:
+        return "the next batch"
+
+
+Place = tuple[Call | Step, str, float]
 """A call, its direction, and when it began or ended, by time.monotonic()."""
 
 FUNCTION = Label("syncbn.functional.sync_batch_norm")

@@ -241,7 +241,7 @@ def _where(place: Place | None) -> Where:
         return here
     call, direction, since = known
     return here._replace(
-        layer=call.label.name,
+        layer=call.what(),
         direction=direction,
         call=call.number,
         like=call.like(),

@@ -19,7 +19,7 @@ LINES = {"silent": 0, "ended": 1, "outside": 2, "waiting": 3}
 
 
 class Where(NamedTuple):
-    """One rank. state is waiting (in a layer), outside (of any; then the layer is its last one), ended or silent.
+    """One rank. state is waiting (in a layer, or EvenLoader), outside (then the layer is its last), ended or silent.
 
     progress counts the collectives of all kinds that it has started on the group.
     """
@@ -46,13 +46,13 @@ class Where(NamedTuple):
     def line(self) -> str:
         """A row of the table."""
         head = f"rank {self.rank}" + (f" ({self.host})" if self.host else "")
-        layer = f"{self.layer!r} {self.direction}, call {self.call}, {self.like}" if self.layer else ""
+        layer = f"{self.layer} {self.direction}, call {self.call}, {self.like}" if self.layer else ""
         if self.state == "silent":
             return f"{head}: does not answer"
         if self.state == "ended":
             return f"{head}: has ended{self.at and ': '}{self.at}"
         if self.state == "waiting":
-            return f"{head}: {self.seconds:.0f} s in layer {layer}; {self.at}"
+            return f"{head}: {self.seconds:.0f} s in {layer}; {self.at}"
         last = f"; its last was {layer}, {self.seconds:.0f} s ago" if layer else ""
         return f"{head}: in no synchronized layer{last}; {self.at}"
 

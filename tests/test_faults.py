@@ -58,7 +58,7 @@ def test_a_rank_goes_back_in_another_order() -> None:
 def test_rank_0_validates_in_train_mode() -> None:
     """The rank that waits reports where the other is and what usually causes that."""
     first, _ = strike(astray.validates_in_train_mode, until=[0], within=WITHIN)
-    named(first, FIRST, "rank 1", "its last was 'first' backward, call 1", "in barrier", "model.eval()")
+    named(first, FIRST, "rank 1", "its last was layer 'first' backward, call 1", "in barrier", "model.eval()")
     assert len(first.log) == 1
 
 

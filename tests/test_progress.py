@@ -81,9 +81,9 @@ def _raised() -> str:
     one = Call(Label("a", is_path=True), dist.group.WORLD, torch.zeros(2, 4), None, True)
     place = one, FORWARD, 0.0
     with pytest.raises(RuntimeError) as caught:
-        calls._enter(1, place, device)
+        calls._enter(1, one, place, device)
     assert 1 not in watch.now
-    calls._enter(1, place, device)  # once
+    calls._enter(1, one, place, device)  # once
     del watch.now[1]
     return str(caught.value)
 

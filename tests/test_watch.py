@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_where_a_rank_is_goes_through_a_store() -> None:
     assert Where.decoded(where.encoded().encode()) == where
 
 
-WAITING = [Where(rank, "waiting", "bn1", "forward", 4, "8 channels", 60, "at a.py:1 in f", 10) for rank in (0, 2)]
+WAITING = [
+    Where(rank, "waiting", "layer 'bn1'", "forward", 4, "8 channels", 60, "at a.py:1 in f", 10) for rank in (0, 2)
+]
 PICTURES = {
     "ended": (Where(1, "ended", at="ValueError: bad"), "rank 1 ended before the others"),
     "silent": (Where(1, "silent"), "rank 1: killed (out of memory?)"),
@@ -62,9 +65,9 @@ PICTURES = {
         "model.eval()",
     ),
     "elsewhere": (Where(1, "outside", at="at a.py:1 in save"), "rank 1 at other work"),
-    "another layer": (Where(1, "waiting", "bn2", "forward", 4), "in different layers"),
-    "backward": (Where(1, "waiting", "bn1", "backward", 3), "some in a backward pass"),
-    "all": (Where(1, "waiting", "bn1", "forward", 4), "All are in the same call"),
+    "another layer": (Where(1, "waiting", "layer 'bn2'", "forward", 4), "in different layers"),
+    "backward": (Where(1, "waiting", "layer 'bn1'", "backward", 3), "some in a backward pass"),
+    "all": (Where(1, "waiting", "layer 'bn1'", "forward", 4), "All are in the same call"),
 }
 
 
@@ -185,6 +188,22 @@ def test_a_store_that_is_gone_is_said() -> None:
     """Rank 0 hosts it and ends: the other's error comes all the same, in time."""
     _, second = strike(the_host_ends, within=WITHIN)
     named(second, "on rank 1 in layer 'first' (forward, call 2, 4 channels)", "could not be asked")
+
+
+def has_an_even_loader_that_is_stuck(run: Run) -> None:
+    for _ in syncbn.EvenLoader(_stuck_batches(run.rank)):
+        run.step()
+
+
+def _stuck_batches(rank: int) -> Iterator[torch.Tensor]:
+    time.sleep(30 * rank)
+    yield torch.zeros(1)
+
+
+def test_a_loader_that_waits_for_another_is_watched() -> None:
+    """EvenLoader says so as a layer would."""
+    first, _ = strike(has_an_even_loader_that_is_stuck, until=[0], within=WITHIN)
+    named(first, "EvenLoader (forward, call", "rank 1", "in _stuck_batches")
 
 
 def the_host_ends(run: Run) -> None:
