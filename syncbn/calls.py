@@ -79,7 +79,7 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
                 raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
         _done(call, place)
     finally:
-        del watch.now[thread]
+        watch.now.pop(thread, None)
     return wire
 
 
@@ -96,7 +96,7 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
-        del watch.now[thread]
+        watch.now.pop(thread, None)
     return summed
 
 
@@ -111,7 +111,7 @@ def next_batch(group: ProcessGroup, number: int, answer: Callable[[], T]) -> T:
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
-        del watch.now[thread]
+        watch.now.pop(thread, None)
 
 
 def _enter(thread: int, call: Call, place: Place, device: Progress | None) -> None:
@@ -126,13 +126,13 @@ def _enter(thread: int, call: Call, place: Place, device: Progress | None) -> No
         try:
             _inspect(call, place)
         except BaseException:
-            del watch.now[thread]
+            watch.now.pop(thread, None)
             raise
 
 
 def _done(call: Call, place: Place) -> None:
-    watch.last = place
     call.went(place[1])
+    watch.last = call.label, place[1], call.number, time.monotonic()
 
 
 def _inspect(call: Call, place: Place) -> None:

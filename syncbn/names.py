@@ -60,13 +60,20 @@ class Label:
     def __repr__(self) -> str:
         return f"Label({self.name!r})"
 
+    def what(self) -> str:
+        return f"layer {self.name!r}"
+
+    def group(self) -> ProcessGroup | None:
+        """The last one it was called over, if it is still there."""
+        return None if self._group is None else self._group()
+
     def rename(self, path: str) -> None:
         self.name = self.identity = path
         self.is_path = True
         self.tags.clear()
 
     def counts_over(self, group: ProcessGroup) -> _Counts:
-        if self.counts is not None and self._group is not None and self._group() is group:
+        if self.counts is not None and self.group() is group:
             return self.counts
         counts = self._by_group.get(group)
         if counts is None:
@@ -108,7 +115,7 @@ class Call:
 
     def what(self) -> str:
         """Whose call it is."""
-        return f"layer {self.label.name!r}"
+        return self.label.what()
 
     def like(self) -> str:
         """What of it must be alike on all ranks, besides its name."""

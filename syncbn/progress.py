@@ -53,6 +53,10 @@ class Progress:
         """What was mixed up has been raised."""
         self._report[0] = 0.0
 
+    def clear(self) -> None:
+        """Of calls over a group that is gone."""
+        self._recent, self._shown = [None] * RECENT, None
+
     def place_of(self, tag: float) -> Place | None:
         """The newest call that had it."""
         known = [each.place for each in self._recent if each is not None and each.tag == tag]

@@ -25,15 +25,15 @@ from typing import Any
 
 from syncbn import comm, mixups, progress, whereabouts
 from syncbn.fingerprint import Found
-from syncbn.names import Place
+from syncbn.names import Label, Place
 from syncbn.whereabouts import Where
 
 PATIENCE = 60.0
 STORE_SECONDS = 5.0
 now: dict[int, Place] = {}
 """By thread, the call that waits for other ranks."""
-last: Place | None = None
-"""The call that was the last to end."""
+last: tuple[Label, str, int, float] | None = None
+"""The call that was the last to end: whose, its direction and number, and when. It keeps no process group alive."""
 _log = logging.getLogger("syncbn")
 _NO_ANSWER = "The other ranks could not be asked where they are: the process group's store does not answer."
 
@@ -122,7 +122,12 @@ class Watch:
     def _connect(self) -> None:
         """To the store of the default group there is now."""
         world = comm.world()
-        if world is None or (self._world is not None and self._world() is world):
+        if self._world is not None and self._world() is world:
+            return
+        for device in progress.every():  # what they know is of a group that is gone
+            device.clear()
+        self._reported = self._told = self._world = None
+        if world is None:
             return
         self._world, self._store, self._alarms = weakref.ref(world), comm.own_store("syncbn/watch", STORE_SECONDS), 0
         while self._store.check([f"alarm/{self._alarms + 1}"]):  # of hangs before this rank came
@@ -235,11 +240,11 @@ def _waiting() -> Place | None:
 
 def _where(place: Place | None) -> Where:
     """This rank, now."""
-    state, known = ("outside", last) if place is None else ("waiting", place)
+    state = "outside" if place is None else "waiting"
     here = Where(comm.rank(), state, at=whereabouts.stack_of_main(inside=place is None), host=socket.gethostname())
-    if known is None:
-        return here
-    call, direction, since = known
+    if place is None:
+        return here if last is None else _after(here, *last)
+    call, direction, since = place
     return here._replace(
         layer=call.what(),
         direction=direction,
@@ -248,6 +253,14 @@ def _where(place: Place | None) -> Where:
         seconds=time.monotonic() - since,
         progress=comm.progress_of(call.group),
     )
+
+
+def _after(here: Where, label: Label, direction: str, number: int, ended: float) -> Where:
+    """In no layer, after this call of one."""
+    group = label.group()
+    progress = 0 if group is None else comm.progress_of(group)
+    seconds = time.monotonic() - ended
+    return here._replace(layer=label.what(), direction=direction, call=number, seconds=seconds, progress=progress)
 
 
 def _title(place: Place, ranks: Sequence[int]) -> str:

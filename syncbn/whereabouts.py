@@ -46,7 +46,8 @@ class Where(NamedTuple):
     def line(self) -> str:
         """A row of the table."""
         head = f"rank {self.rank}" + (f" ({self.host})" if self.host else "")
-        layer = f"{self.layer} {self.direction}, call {self.call}, {self.like}" if self.layer else ""
+        like = f", {self.like}" if self.like else ""
+        layer = f"{self.layer} {self.direction}, call {self.call}{like}" if self.layer else ""
         if self.state == "silent":
             return f"{head}: does not answer"
         if self.state == "ended":
