@@ -117,7 +117,7 @@ def _verbs(backend, x: Tensor, dy: Tensor, epilogue: Epilogue) -> tuple[Tensor, 
     y, mean, invstd = backend.normalize(x, sums, epilogue, EPS, running)
     dsums, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
     needs = epilogue.residual is not None
-    dx, dresidual = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, kept[-1:], needs)
+    dx, dresidual = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, kept[-3:-2], needs)
     return kept, y, dweight, dbias, dx, dresidual
 
 

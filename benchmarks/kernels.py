@@ -132,7 +132,7 @@ def fix(case: Case) -> Fixed:
     sums = reference.batch_sums(wide.x, None)
     y, mean, invstd = reference.normalize(wide.x, sums, epilogue(wide), EPS, None)
     dsums, dweight, _ = reference.grad_sums(wide.dy, wide.x, mean, invstd, epilogue(wide))
-    count = sums[-1:].clone()
+    count = sums[-3:-2].clone()
     grads = reference.grad_input(wide.dy, wide.x, mean, invstd, epilogue(wide), dsums, count, False)
     right = {"batch_sums": sums, "normalize": y, "grad_sums": dweight, "grad_input": grads[0], "mean": mean}
     return Fixed(sums, mean.float(), invstd.float(), dsums, count, right)
@@ -167,7 +167,7 @@ def torchs(verb: str, case: Case, fixed: Fixed) -> Entrant | None:
     weight, bias = case.weight, case.bias
     if not case.x.is_cuda:
         return _torchs_on_cpu(verb, case, fixed)
-    sum_dy, sum_dy_xhat = dsums.float().chunk(2)
+    sum_dy, sum_dy_xhat = dsums[:-2].float().chunk(2)
     sum_dy_xmu, counts = sum_dy_xhat / invstd, count.int()
     calls: dict[str, tuple[str, Call, Callable[[Any], Tensor]]] = {
         "batch_sums": ("batch_norm_stats", lambda c: torch.batch_norm_stats(c.x, EPS), lambda out: out[0]),

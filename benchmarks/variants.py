@@ -70,7 +70,7 @@ def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False
 def ours_forced(case: Case, fused: bool = False) -> Apply:
     """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
     channels, like = case.x.shape[1], case.weight.detach()
-    statistics = (like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM)
+    statistics = (like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM, True)
     activation = "relu" if fused else None
 
     def apply(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -142,10 +142,10 @@ def copy() -> Variant:
 
 
 def bare_all_reduce(case: Case) -> Variant:
-    """Our collectives and nothing else: 2C+1 float64 forward, 2C backward."""
+    """Our collectives and nothing else: 2C+3 float64 forward, 2C+2 backward."""
     channels = case.x.shape[1]
-    sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=case.x.device)
-    dsums = torch.zeros(2 * channels, dtype=torch.float64, device=case.x.device)
+    sums = torch.zeros(2 * channels + 3, dtype=torch.float64, device=case.x.device)
+    dsums = torch.zeros(2 * channels + 2, dtype=torch.float64, device=case.x.device)
     return Variant("all_reduce", lambda _: dist.all_reduce(sums), lambda _, __: dist.all_reduce(dsums), None)
 
 

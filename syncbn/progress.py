@@ -18,6 +18,8 @@ from syncbn.names import Call, Place
 
 RECENT = 4096
 """Calls that the host may be ahead of the device and still know by name."""
+TURNS = 1 << 30
+"""They are counted from 1 to this, and again: a kernel takes an int32."""
 _Four = ctypes.c_double * 4
 
 
@@ -40,7 +42,7 @@ class Progress:
     def enqueue(self, call: Call) -> int:
         """The number of the turn of this call's sum."""
         with self._lock:
-            self._turns += 1
+            self._turns = self._turns % TURNS + 1
             place = call, call.direction, time.monotonic()
             self._recent[self._turns % RECENT] = _Enqueued(place, call.tag)
             return self._turns
@@ -64,11 +66,11 @@ class Progress:
 
     def waiting(self) -> Place | None:
         """The call whose turn has not come, since it was enqueued or since the one before it came."""
-        came, turns = int(self._report[3]), self._turns
+        came = int(self._report[3])
         if came != self._came:
             self._came, self._since = came, time.monotonic()
-        next_one = self._recent[(came + 1) % RECENT]
-        if came >= turns or turns - came >= RECENT or next_one is None:
+        ahead, next_one = (self._turns - came) % TURNS, self._recent[(came % TURNS + 1) % RECENT]
+        if not 0 < ahead < RECENT or next_one is None:
             return None
         if self._shown is None or self._shown[0] != came:
             call, direction, since = next_one.place

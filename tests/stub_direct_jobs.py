@@ -1,12 +1,18 @@
 """What the process on the stub driver is asked about calls that are alike: which way they go, with which arguments."""
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import syncbn
-from syncbn import backends
-from syncbn.backends import gpu_workspace
+from syncbn import backends, calls, fingerprint
+from syncbn.backends import gpu_report, gpu_workspace, reference
+from syncbn.names import BACKWARD, FORWARD, Call
 from tests.stub_device import STREAM, Launch, stub
 from tests.stub_jobs import Given, tensors
 
@@ -38,25 +44,77 @@ def layer_step(layer: syncbn.SyncBatchNorm, given: Given, steps: int) -> list[St
     return done
 
 
+@contextlib.contextmanager
+def told_ways() -> Iterator[list[str]]:
+    """Which steps of direct.py are taken meanwhile."""
+    from syncbn import direct
+
+    ways: list[str] = []
+    applied, gradients = direct._apply, direct.gradients
+    direct._apply = lambda *args: (ways.append("direct"), applied(*args))[1]
+    direct.gradients = lambda *args: (ways.append("readable backward"), gradients(*args))[1]
+    try:
+        yield ways
+    finally:
+        direct._apply, direct.gradients = applied, gradients
+
+
 def the_direct_way_is_the_same(given: Given) -> list[str]:
     """Steps 2 and 3 are launched directly, with the kernels, grids and numbers of step 1, each given what it needs."""
     from syncbn import direct
 
     direct._calls.clear()
     layer = syncbn.SyncBatchNorm(given.shape[1], activation=given.activation)
-    ways = []
-    applied, gradients = direct._apply, direct.gradients
-    direct._apply = lambda *args: (ways.append("direct"), applied(*args))[1]
-    direct.gradients = lambda *args: (ways.append("readable backward"), gradients(*args))[1]
-    try:
+    with told_ways() as ways:
         first, *others = layer_step(layer, given, 3)
-    finally:
-        direct._apply, direct.gradients = applied, gradients
     for step in (first, *others):
         check_flow(step, given)
         for mine, right in zip(step.launches, first.launches, strict=True):
             assert (mine.function, mine.grid, mine.block) == (right.function, right.grid, right.block)
             assert _numbers(mine) == _numbers(right)
+    return ways
+
+
+@contextlib.contextmanager
+def two_ranks() -> Iterator[None]:
+    """The other rank makes the same calls, as their sums say; the device counts them from 1."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    original, turns = calls.all_sum, itertools.count(1)
+
+    def all_sum(wire: Tensor, call: Call | None) -> Tensor:
+        assert call is not None, "a group of two"
+        reference.stamped(wire, call.tag)[-2:] *= 2
+        original(wire, call)
+        call.turn = next(turns)
+        return wire
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    calls.all_sum = all_sum
+    try:
+        yield
+    finally:
+        calls.all_sum = original
+        dist.destroy_process_group()
+
+
+def both_ways_tell_the_device_alike(given: Given) -> list[str]:
+    """On two ranks, steps in both ways: tags of the layer's calls, turns in order, the report's address."""
+    from syncbn import direct
+
+    layer = syncbn.SyncBatchNorm(given.shape[1], activation=given.activation)
+    direct._calls.clear()
+    with told_ways() as ways, two_ranks():
+        steps = layer_step(layer, given, 3)
+    label, channels = layer._label, given.shape[1]
+    forward = fingerprint.tag_of(label, FORWARD, channels, given.activation, True)
+    backward = fingerprint.tag_of(label, BACKWARD, channels, given.activation, 1)
+    assert 0 < forward != backward > 0
+    for number, step in enumerate(steps):
+        check_flow(step, given)
+        marks = [(launch.values["tag"], launch.values.get("turn")) for launch in step.launches]
+        turn = 2 * number
+        assert marks == [(forward, None), (forward, turn + 1), (backward, None), (backward, turn + 2)]
     return ways
 
 
@@ -84,6 +142,8 @@ def check_flow(step: Step, given: Given) -> None:
     if given.residual and given.activation is not None:
         assert normalized["residual_ptr"] == dsums["residual_ptr"] == at["residual"]
         assert inputs["dresidual_ptr"] == at["dresidual"]
+    report = gpu_report.report_of(torch.device("cpu")).data_ptr()
+    assert (normalized["report_ptr"], inputs["report_ptr"]) == (report, report)
     assert len({values["sums_ptr"] for values in (sums,)} | {normalized["mean_ptr"], normalized["invstd_ptr"]}) == 3
 
 

@@ -12,6 +12,9 @@ from syncbn.backends import Epilogue, Running
 from tests.oracle import in_layout
 from tests.stub_device import STREAM, stub
 
+TAGS = 54321.0, float(2**20 - 1)
+"""Of a step's forward and backward."""
+
 
 class Given(NamedTuple):
     """A training step's tensors."""
@@ -71,19 +74,25 @@ def told() -> Iterator[list[tuple[Any, int, tuple[Tensor | None, ...], tuple[flo
 
 
 def verbs(given: Given) -> None:
-    """One training step by gpu.py."""
+    """One training step by gpu.py, its sums over ranks the third and fourth on the device."""
     from syncbn.backends import gpu
 
     x, dy, epilogue, running = tensors(given)
-    sums = gpu.batch_sums(x, epilogue.mask)
-    _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running)
-    dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, epilogue)
-    gpu.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-1:], given.residual)
-    gpu.grad_input(dy, x, mean, invstd, epilogue, None, sums[-1:], True)
+    sums = gpu.batch_sums(x, epilogue.mask, TAGS[0])
+    _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running, TAGS[0], 3)
+    dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, epilogue, TAGS[1])
+    gpu.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-3:-2], given.residual, TAGS[1], 4)
+    gpu.grad_input(dy, x, mean, invstd, epilogue, None, sums[-3:-2], True)
 
 
 def every_argument_arrives(given: Given) -> int:
-    """Two steps: all that gpu.py hands over is what the driver gets, by name and value; the number of launches."""
+    """Two steps: all that gpu.py hands over is what the driver gets, by name and value; the number of launches.
+
+    Kernels are told the call's tag, and those after the sum over the ranks its turn and where to report.
+    """
+    from syncbn.backends import gpu_report
+
+    report = gpu_report.report_of(torch.device("cpu")).data_ptr()
     with told() as calls:
         stub().launches.clear()
         verbs(given)
@@ -99,6 +108,11 @@ def every_argument_arrives(given: Given) -> int:
         assert launch.values == right, kernel.function.__name__
         assert (launch.kernel, launch.grid) == (kernel.function.__name__, grid)
         assert (launch.block, launch.stream) == (32 * kernel.options["num_warps"], STREAM)
+    for each, launch in enumerate(stub().launches):
+        tag, turn = ((TAGS[0], None), (TAGS[0], 3), (TAGS[1], None), (TAGS[1], 4), (0.0, 0))[each % 5]
+        assert launch.values["tag"] == tag
+        assert launch.values.get("turn") == turn
+        assert launch.values.get("report_ptr") == (None if turn is None else report)
     return len(calls)
 
 
@@ -136,7 +150,7 @@ def parameters_may_begin_anywhere() -> int:
         sums = gpu.batch_sums(x, None)
         _, mean_now, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running)
         dsums, _, _ = gpu.grad_sums(dy, x, mean_now, invstd, epilogue)
-        gpu.grad_input(dy, x, mean_now, invstd, epilogue, dsums, sums[-1:], False)
+        gpu.grad_input(dy, x, mean_now, invstd, epilogue, dsums, sums[-3:-2], False)
         loads.append(stub().module_loads)
     return loads[-1] - loads[0]
 

@@ -152,11 +152,11 @@ def test_the_shapes_are_resnet50_s() -> None:
 @pytest.mark.parametrize("world_size", [2, 16])
 @pytest.mark.parametrize("channels", [1, 64])
 def test_wire_counts_a_layer(world_size: int, channels: int) -> None:
-    """Ours is one all-reduce each way, 16C + 8 and 16C bytes; torch's an all-gather of 8C + 4, an all-reduce of 8C."""
+    """Ours is an all-reduce each way, 16C + 24 and 16C + 16 bytes; torch's gathers 8C + 4 bytes and reduces 8C."""
     with wire.fake_world(world_size):
         ours, torchs = (wire.record(scheme, [channels]) for scheme in wire.SCHEMES)
-    assert ours["forward"] == [wire.Collective("all_reduce", 16 * channels + 8)]
-    assert ours["backward"] == [wire.Collective("all_reduce", 16 * channels)]
+    assert ours["forward"] == [wire.Collective("all_reduce", 16 * channels + 24)]
+    assert ours["backward"] == [wire.Collective("all_reduce", 16 * channels + 16)]
     assert torchs["forward"] == [wire.Collective("all_gather", 8 * channels + 4)]
     assert torchs["backward"] == [wire.Collective("all_reduce", 8 * channels)]
 

@@ -64,7 +64,7 @@ def _scaled() -> None:
             dy[0, 0] = float("inf")
         with sums_taken() as taken:
             scaler.scale((model(x) * dy).sum()).backward()
-        assert taken == [2 * 8 + 1] * Net.LAYERS + [2 * 8] * Net.LAYERS
+        assert taken == [2 * 8 + 3] * Net.LAYERS + [2 * 8 + 2] * Net.LAYERS
         scaler.step(optimizers[0])
         scaler.update()
         if overflow:  # on one rank, but its gradients reached all of them
@@ -201,7 +201,7 @@ def test_update_bn(ranks: RankPool) -> None:
     """SWA's update_bn gives every rank the statistics of one process with all samples, by one sum a batch and layer."""
     right, _ = averaged(nn.BatchNorm1d)
     for ours, taken in ranks.run(2, averaged, syncbn.SyncBatchNorm):
-        assert taken == [2 * 4 + 1] * 2 * 3
+        assert taken == [2 * 4 + 3] * 2 * 3
         assert list(ours) == list(right)
         assert all(error(ours[name], value.double()) <= EXACT for name, value in right.items())
 

@@ -86,7 +86,7 @@ def train_ranks(mode: str, broadcast_buffers: bool) -> dict[str, Tensor]:
         optimizer.zero_grad()
         with sums_taken() as taken:
             _backward(model, step[rank::world_size], mode)
-        assert sorted(taken) == [2 * 6] * layers * parts + [2 * 6 + 1] * layers * parts  # six channels
+        assert sorted(taken) == [2 * 6 + 2] * layers * parts + [2 * 6 + 3] * layers * parts  # six channels
         optimizer.step()
     return state(net)
 

@@ -83,6 +83,12 @@ def test_the_direct_way_is_the_same(device: TritonProcess, given: Given) -> None
     assert device.run(stub_direct_jobs.the_direct_way_is_the_same, given) == ["direct"] * 2
 
 
+@pytest.mark.parametrize("given", DIRECT.values(), ids=DIRECT)
+def test_both_ways_tell_the_device_alike(device: TritonProcess, given: Given) -> None:
+    """On two ranks all four kernels get their call's tag, the two after a sum its turn and where to report."""
+    assert device.run(stub_direct_jobs.both_ways_tell_the_device_alike, given) == ["direct"] * 2
+
+
 UNUSUAL = ["hook", "capture", "address", "dtype", *(f"{k} at the same address" for k in KINDS)]
 USUAL = ["nothing", "data", "parameter"]
 

@@ -38,9 +38,9 @@ def biased_running_var() -> None:
 def count_by_samples() -> None:
     original = cpu.batch_sums
 
-    def mutant(x: Tensor, mask: Tensor | None) -> Tensor:
-        sums = original(x, mask)
-        sums[-1] = x.shape[0]
+    def mutant(x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
+        sums = original(x, mask, tag)
+        sums[-3] = x.shape[0]
         return sums
 
     cpu.batch_sums = mutant
@@ -78,6 +78,6 @@ def test_float32_raw_sums_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("cpu", (16, 3, 24, 24), None, 1e2, 1e-6)
     test_statistics.test_variance_is_exact_far_from_zero(*arguments)
     original = cpu.batch_sums
-    monkeypatch.setattr(cpu, "batch_sums", lambda x, mask: original(x, mask).float().double())
+    monkeypatch.setattr(cpu, "batch_sums", lambda x, mask, tag: original(x, mask, tag).float().double())
     with pytest.raises(AssertionError):
         test_statistics.test_variance_is_exact_far_from_zero(*arguments)

@@ -97,3 +97,16 @@ def test_the_next_call_raises(ranks: RankPool) -> None:
 def test_a_cpu_has_no_progress() -> None:
     """Its sums are compared by the host at once."""
     assert progress.of(CPU) is None
+
+
+def test_turns_are_counted_around(device: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within an int32, and never 0, which stands for no turn."""
+    monkeypatch.setattr(progress, "TURNS", 8192)
+    device._turns = 8190
+    came(8190)
+    assert [device.enqueue(call(name)) for name in ("a", "b", "c")] == [8191, 8192, 1]
+    for turn, name in ((8190, "a"), (8191, "b"), (8192, "c")):
+        came(turn)
+        assert device.waiting()[0].label.name == name
+    came(1)
+    assert device.waiting() is None

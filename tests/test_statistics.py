@@ -1,11 +1,16 @@
-"""The statistics themselves: how exact the variance is, where it is hard."""
+"""The statistics themselves: how exact the variance is, where it is hard; what is sent, and what moves the buffers."""
 
+import contextlib
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from syncbn import backends, composed
-from syncbn.backends import Epilogue, Running
+from syncbn.backends import Epilogue, Running, cpu, reference
+from syncbn.fingerprint import MOST, VOTE
 from syncbn.functional import sync_batch_norm
 
 BACKENDS = ("reference", "cpu", "composed")
@@ -94,3 +99,136 @@ def test_buffers_keep_their_dtype_and_are_rounded_once(dtype: torch.dtype) -> No
     sync_batch_norm(x, mean, var, training=True, momentum=0.1)
     assert torch.equal(mean, right_mean.to(dtype))
     assert torch.equal(var, right_var.to(dtype))
+
+
+BAD = {"NaN": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
+
+
+class Guarded(NamedTuple):
+    """A batch of which one channel, the third, has something that its running statistics cannot hold."""
+
+    value: float  # of the channel's first sample; its negative is the second's
+    buffers: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+    both: bool = True  # whether the second sample is the negative, or the whole channel is that value
+
+
+GUARDED = {name: Guarded(value) for name, value in BAD.items()} | {
+    "a variance beyond float32": Guarded(1e30, dtype=torch.float64),
+    "a variance beyond float16": Guarded(3e4, torch.float16),
+    "a mean beyond float16": Guarded(2e6, torch.float16, both=False),
+    "a mean beyond float32": Guarded(1e40, dtype=torch.float64, both=False),
+    "a variance beyond bfloat16": Guarded(1e30, torch.bfloat16, torch.float64),
+}
+
+
+def moved(name: str, x: Tensor, buffers: torch.dtype, momentum: float | None, skip: bool, sms: int) -> Running:
+    """Running statistics that a call served by this back-end has moved, in this process and alone."""
+    verbs = backends._load(name)
+    start = torch.full((x.shape[1],), 0.3, dtype=buffers), torch.full((x.shape[1],), 0.7, dtype=buffers)
+    running = Running(*start, torch.tensor(3), momentum, skip)
+    with contextlib.ExitStack() as stack:
+        if name == "gpu":
+            from tests.gpu_interpreter import device_of
+
+            stack.enter_context(device_of(sms))
+            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # infinities are what is asked about
+        verbs.normalize(x, reference.batch_sums(x, None), Epilogue(), 1e-5, running)
+    return running
+
+
+def check_guard(name: str, guarded: Guarded, momentum: float | None, sms: int = 132) -> None:
+    """The channel keeps its bits, the others get those of a batch in which it is an ordinary one."""
+    x = torch.randn(6, 5, 7, dtype=guarded.dtype)
+    bad = x.clone()
+    if guarded.both:
+        bad[0, 2], bad[1, 2] = guarded.value, -guarded.value
+    else:
+        bad[:, 2] = guarded.value
+    right = moved(name, x, guarded.buffers, momentum, True, sms)
+    ours = moved(name, bad, guarded.buffers, momentum, True, sms)
+    others = torch.arange(5) != 2
+    for mine, want, start in ((ours.mean, right.mean, 0.3), (ours.var, right.var, 0.7)):
+        assert mine[2] == torch.tensor(start, dtype=guarded.buffers)
+        assert torch.equal(mine[others], want[others])
+        assert (want != torch.tensor(start, dtype=guarded.buffers)).all(), "an ordinary channel moves"
+    assert ours.num_batches_tracked == right.num_batches_tracked == 4
+    unguarded = moved(name, bad, guarded.buffers, momentum, False, sms)
+    finite = torch.stack([unguarded.mean, unguarded.var]).isfinite()
+    assert not finite[:, 2].all(), "the guard has nothing to do"
+    assert finite[:, others].all()
+
+
+def check_no_guard(name: str, bad: float, momentum: float | None) -> None:
+    """Without the guard a value that is not finite reaches both buffers of its channel, and no other's."""
+    x = torch.randn(6, 5, 7)
+    right = moved(name, x, torch.float32, momentum, False, 132)
+    x[0, 2, 1] = bad
+    ours = moved(name, x, torch.float32, momentum, False, 132)
+    others = torch.arange(5) != 2
+    assert not ours.mean[2].isfinite()
+    assert ours.var[2].isnan()
+    assert torch.equal(ours.mean[others], right.mean[others])
+    assert torch.equal(ours.var[others], right.var[others])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("guarded", GUARDED.values(), ids=GUARDED)
+def test_what_is_not_finite_moves_nothing(guarded: Guarded, momentum: float | None, backend: str) -> None:
+    """A channel whose new mean or variance its buffer cannot hold keeps both; its neighbours move as without it."""
+    check_guard(backend, guarded, momentum)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_without_the_guard_it_moves(bad: float, momentum: float | None, backend: str) -> None:
+    """skip_nonfinite=False leaves NaN or infinities in both buffers of the channel, and nothing of it in others."""
+    check_no_guard(backend, bad, momentum)
+
+
+@pytest.mark.parametrize("tag", [0, 1, 54321, MOST - 1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_wire_ends_with_its_fingerprint(dtype: torch.dtype, masked: bool, tag: int) -> None:
+    """2³² + tag and tag², 0 and 0 for tag 0, by both back-ends, behind the sums of a call without."""
+    x = torch.randn(6, 5, 7).to(dtype)
+    mask = torch.rand(6, 7) > 0.3 if masked else None
+    mean, invstd = torch.zeros(2, 5, dtype=backends.compute_dtype(dtype))
+    for verbs in (reference, cpu):
+        plain = verbs.batch_sums(x, mask), verbs.grad_sums(x, x, mean, invstd, Epilogue(mask=mask))[0]
+        sent = (
+            verbs.batch_sums(x, mask, float(tag)),
+            verbs.grad_sums(x, x, mean, invstd, Epilogue(mask=mask), float(tag))[0],
+        )
+        assert [len(wire) for wire in sent] == [13, 12]
+        for wire, without in zip(sent, plain, strict=True):
+            assert wire.dtype == torch.float64
+            assert wire[-2:].tolist() == ([VOTE + tag, float(tag**2)] if tag else [0.0, 0.0])
+            assert torch.equal(wire[:-2], without[:-2])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_quick_way_moves_the_same_bits(dtype: torch.dtype, momentum: float | None, skip: bool) -> None:
+    """The CPU's own step gives the specification's bits: any count, with and without what a buffer cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.tensor([0.0, 1e5, 1e39, float("inf"), float("-inf"), float("nan")], dtype=torch.float64)
+    for number in range(100):
+        count = torch.tensor([(0.0, 1.0, 2.0, 3.0, 5e4)[number % 5]], dtype=torch.float64)
+        mean, var = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+        var = var.abs()
+        if number % 3:  # one channel of nine, in its mean or in its variance
+            (mean, var)[number % 2][number % 9] = wild[number % len(wild)]
+        start = torch.rand(2, 9, generator=generator).to(dtype)
+        runs = []
+        for move in (cpu.move_running, reference.move_running):
+            tracked = None if momentum is not None and number % 7 == 0 else torch.tensor(number)
+            running = Running(*start.clone(), tracked, momentum, skip)
+            move(running, mean, var, count)
+            runs.append(running)
+        for mine, right in zip(runs[0][:2], runs[1][:2], strict=True):
+            assert torch.equal(mine.view(torch.uint8), right.view(torch.uint8)), number
+        assert runs[0].num_batches_tracked == runs[1].num_batches_tracked

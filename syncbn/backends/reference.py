@@ -79,7 +79,8 @@ def grad_input(
 def stamped(wire: Tensor, tag: float) -> Tensor:
     """wire, ending with the fingerprint of this tag: 2³² + tag, tag²."""
     if not wire.is_cpu:
-        wire[-2:] = torch.tensor([VOTE + tag, tag * tag] if tag else [0.0, 0.0])
+        wire[-2].fill_(VOTE + tag if tag else 0.0)
+        wire[-1].fill_(tag * tag)
         return wire
     # Two ATen indexings would take 3 µs, this takes 0.4.
     two = _Two.from_address(wire.data_ptr() + 8 * wire.numel() - 16)
