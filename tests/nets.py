@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import comm
+from syncbn import calls
+from syncbn.names import Call
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives
 
@@ -50,17 +51,17 @@ def batch(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def sums_taken(note: Callable[[Tensor], Any] = Tensor.numel) -> Iterator[list[Any]]:
     """The lengths, or another note, of what eager layers reduce, where others use the group too."""
     taken: list[Any] = []
-    original = comm.all_sum
+    original = calls.all_sum
 
-    def noted(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        taken.append(note(sums))
-        return original(sums, group)
+    def noted(wire: Tensor, call: Call | None) -> Tensor:
+        taken.append(note(wire))
+        return original(wire, call)
 
-    comm.all_sum = noted
+    calls.all_sum = noted
     try:
         yield taken
     finally:
-        comm.all_sum = original
+        calls.all_sum = original
 
 
 Called = Callable[[Tensor], Tensor]
