@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import calls
+from syncbn import calls, comm
 from syncbn.names import Call
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives
