@@ -243,11 +243,10 @@ def progress_of(group: ProcessGroup) -> int:
     return started
 
 
-def own_store(prefix: str, seconds: float) -> Any:
-    """A connection to the default group's store that is nobody else's, with a time limit of its own."""
+def own_store(prefix: str) -> Any:
+    """A connection to the default group's store that is nobody else's."""
     store: Any = dist.distributed_c10d._get_default_store()
     store = store.clone()
-    store.set_timeout(datetime.timedelta(seconds=seconds))
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # torch exports it
 
 

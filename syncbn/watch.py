@@ -11,6 +11,7 @@ A look costs a message of some 60 bytes: at 1,024 ranks and an interval of 2 s, 
 
 import atexit
 import collections
+import functools
 import json
 import logging
 import multiprocessing.util
@@ -24,12 +25,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from syncbn import comm, mixups, progress, whereabouts
+from syncbn.bounded import BoundedStore
 from syncbn.fingerprint import Found
 from syncbn.names import Label, Place
 from syncbn.whereabouts import Where
 
 PATIENCE = 60.0
-STORE_SECONDS = 5.0
+STORE_SECONDS = 3.0
 now: dict[int, Place] = {}
 """By thread, the call that waits for other ranks."""
 last: tuple[Label, str, int, float] | None = None
@@ -76,7 +78,7 @@ class Watch:
         self._quiet_since: Any = None
         """The last call after one that failed: the process may be on its way out, and the store gone already."""
         self._alarms = 0
-        self._store: Any = None
+        self._store: BoundedStore | None = None
         self._world: Any = None
         self._questions: collections.deque[_Question] = collections.deque()
         self._wake, self._stopped = threading.Event(), threading.Event()
@@ -129,20 +131,27 @@ class Watch:
         self._reported = self._told = self._world = None
         if world is None:
             return
-        self._world, self._store, self._alarms = weakref.ref(world), comm.own_store("syncbn/watch", STORE_SECONDS), 0
+        if self._store is not None:
+            self._store.close()
+        self._world, self._alarms = weakref.ref(world), 0
+        self._store = BoundedStore(functools.partial(comm.own_store, "syncbn/watch"), STORE_SECONDS)
         while self._store.check([f"alarm/{self._alarms + 1}"]):  # of hangs before this rank came
             self._alarms += 1
+        if self._alarms:
+            self._answer(_waiting())
+        if self._store.check([f"ended/{comm.rank()}"]):  # of a process before this one, by the same launcher
+            self._store.set(f"ended/{comm.rank()}", "")
 
     def _look(self) -> None:
         """Whether a call here has waited for too long, or an alarm was rung."""
-        if self._store is None or comm.world() is None:
+        if comm.world() is None:
             return
         self._look_at_devices()
         place = _waiting()
         is_new = place is not None and place is not self._reported
         if is_new and time.monotonic() - place[2] >= self.patience:  # type: ignore[index]  # then there is one
             self._report(place)
-        elif self._store.check([f"alarm/{self._alarms + 1}"]):
+        elif self._store is not None and self._store.check([f"alarm/{self._alarms + 1}"]):
             self._alarms += 1
             ranks = json.loads(self._store.get(f"alarm/{self._alarms}"))["ranks"]
             self._answer(place)
@@ -158,7 +167,8 @@ class Watch:
 
     def _report(self, place: Any, heard: bool = False) -> None:
         self._reported = place
-        _log.warning(self._table(place, is_mine=False) if heard else self._ring(place))
+        table = self._safely(self._table, place, False) if heard else self._safely(self._ring, place)
+        _log.warning(table or f"{_title(place, comm.ranks_of(place[0].group) or ())} not known. {_NO_ANSWER}")
 
     def _ring(self, place: Place) -> str | None:
         """The table; rings an alarm, or finds that another rank of the group has."""
@@ -176,14 +186,15 @@ class Watch:
                 return self._table(place, is_mine=rung == mine)
 
     def _answer(self, place: Place | None) -> None:
-        self._store.set(f"alarm/{self._alarms}/{comm.rank()}", _where(place).encoded())
+        if self._store is not None:
+            self._store.set(f"alarm/{self._alarms}/{comm.rank()}", _where(place).encoded())
 
     def _table(self, place: Place, is_mine: bool) -> str:
         """The one that rang waits for the answers and makes it; the others take it from there, if it comes."""
-        store, key, ranks = self._store, f"alarm/{self._alarms}", comm.ranks_of(place[0].group) or ()
+        store, key, ranks = self._there(), f"alarm/{self._alarms}", comm.ranks_of(place[0].group) or ()
         until = time.monotonic() + self.answering + (0 if is_mine else self.interval)
         missing = set(ranks)
-        while time.monotonic() < until and missing:
+        while time.monotonic() < until and missing and not self._stopped.is_set():
             if not is_mine and store.check([f"{key}/table"]):
                 text: str = store.get(f"{key}/table").decode()
                 self._told = place, text
@@ -197,10 +208,15 @@ class Watch:
         return text
 
     def _found(self, key: str, rank: int) -> Where:
+        store = self._there()
         for at in (f"{key}/{rank}", f"ended/{rank}"):
-            if self._store.check([at]):
-                return Where.decoded(self._store.get(at))
+            if store.check([at]) and (text := store.get(at)):
+                return Where.decoded(text)
         return Where(rank, "silent")
+
+    def _there(self) -> BoundedStore:
+        assert self._store is not None, "asked before"
+        return self._store
 
     def _say_goodbye(self) -> None:
         """Of a process that ends while the others may go on."""
@@ -265,18 +281,7 @@ def _after(here: Where, label: Label, direction: str, number: int, ended: float)
 
 def _title(place: Place, ranks: Sequence[int]) -> str:
     waited = f"rank {comm.rank()} has been in {mixups.worded(place)} for {time.monotonic() - place[2]:.0f} s"
-    return f"syncbn: {waited}; ranks {_spans(ranks)} are:"
-
-
-def _spans(ranks: Sequence[int]) -> str:
-    """0-3, 8 for 0, 1, 2, 3, 8."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"syncbn: {waited}; ranks {whereabouts.spans(ranks)} are:"
 
 
 def _forget() -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import sysconfig
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -132,6 +133,17 @@ def _spot(frame: FrameType) -> str:
     for prefix in (os.path.dirname(_TORCH[:-1]) + os.sep, os.getcwd() + os.sep):
         name = name.removeprefix(prefix)
     return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """0-3, 8 for 0, 1, 2, 3, 8."""
+    found: list[list[int]] = []
+    for rank in sorted(ranks):
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def _is_of(frame: FrameType, folders: tuple[str, ...]) -> bool:

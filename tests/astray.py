@@ -98,6 +98,12 @@ def _kill(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stops(run: Run) -> None:
+    if run.rank == int(os.environ.get("STOPS", 1)):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    run.call("first")
+
+
 def runs_out_of_data(run: Run) -> None:
     for _ in range(1 + run.rank):
         run.call("first")

@@ -32,6 +32,7 @@ LEVELS += [
     "watch",
     "mixups",
     "progress",
+    "bounded",
     "whereabouts",
     "fingerprint",
     "names",

@@ -91,6 +91,16 @@ def test_a_rank_is_killed(fault: object, world: int) -> None:
         assert "direct cause of the following exception" in (faulty[rank].error or "")
 
 
+@pytest.mark.parametrize("store", ["tcp", "file"])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_is_frozen(stopped: int, store: str) -> None:
+    """Its connections stand and nothing comes, as of a host that is cut off; rank 0 may host the store, too."""
+    faulty = strike(astray.stops, until=[1 - stopped], store=store, within=WITHIN + 2, STOPS=str(stopped))
+    named(faulty[1 - stopped], FIRST, "ranks 0-1 are")
+    is_host = store == "tcp" and stopped == 0
+    named(faulty[1 - stopped], "could not be asked" if is_host else f"rank {stopped}: does not answer")
+
+
 def test_a_rank_raises() -> None:
     """The other says that it has ended, and where it waits itself."""
     first, second = strike(astray.raises)

@@ -92,7 +92,7 @@ def test_the_most_advanced_come_first() -> None:
 
 def test_ranks_are_told_in_spans() -> None:
     """A thousand ranks fit in a line."""
-    assert watch._spans([*range(1000), 1003]) == "0-999, 1003"
+    assert whereabouts.spans([*range(1000), 1003]) == "0-999, 1003"
 
 
 def test_the_users_line_is_told_apart_from_the_libraries() -> None:
