@@ -2,7 +2,7 @@
 
 A rank whose call has waited for `patience` seconds rings an alarm in the process group's store. Every rank's watch
 looks there each `interval` and writes down where its rank is. The one that rang makes a table of it, which every
-waiting rank logs, once a hang. It has a connection of its own to the store, on which nobody else waits.
+waiting rank logs, once a hang. It has a connection of its own to the store, on which nobody else waits: bounded.py.
 
     alarm/1    who rang, and the ranks of the group      alarm/1/rank    where that rank is      alarm/1/table
 
