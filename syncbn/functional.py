@@ -69,7 +69,8 @@ def sync_batch_norm(
     Raises:
         TypeError, ValueError: for a wrong argument, before any communication and with all buffers unchanged.
         RuntimeError: likewise, under ``torch.vmap`` with running statistics that are not mapped over; and for a
-            checkpointed region that makes another call when it is recomputed.
+            checkpointed region that makes another call when it is recomputed; and if the ranks are in different calls,
+            or the transport fails, with the layer, the call and where the other ranks are.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """

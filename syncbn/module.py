@@ -44,6 +44,7 @@ class SyncBatchNorm(Leaf, _BatchNorm):
 
     Raises:
         TypeError, ValueError: for a wrong argument, before any communication and with the buffers unchanged.
+        RuntimeError: by a call, if the ranks are in different calls, or the transport fails.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
 
