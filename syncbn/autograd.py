@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from syncbn import calls, composed, recompute
 from syncbn.backends import Backend, Epilogue, Running, select
-from syncbn.names import BACKWARD, FORWARD, Call, Label
+from syncbn.names import BACKWARD, FORWARD, FUNCTION, Call, Label
 from syncbn.recompute import Taken
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -25,7 +25,7 @@ class Options(NamedTuple):
     activation: str | None
     group: ProcessGroup | None
     running: Running | None
-    label: Label
+    label: Label = FUNCTION
     recorded: bool = True
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests import astray
-from tests.faults import WITHIN, named, strike, unmoved
+from tests.faults import WITHIN, Said, named, strike, unmoved
 
 FIRST = "layer 'first' (forward, call 2, 4 channels)"
 SECOND = "layer 'second' (forward, call 2, 4 channels)"
@@ -23,11 +23,17 @@ def test_a_rank_skips_a_layer_of_the_same_size(world: int) -> None:
     unmoved(faulty)
 
 
+def living(faulty: list[Said]) -> list[Said]:
+    """Those that gloo did not end, which it did at least to one."""
+    alive = [said for said in faulty if said.exit != -signal.SIGABRT]
+    assert len(alive) < len(faulty)
+    return alive
+
+
 def test_a_rank_skips_a_layer_of_another_size() -> None:
     """gloo ends the process that receives more than it expects; the other one's error names layer and rank."""
-    first, second = strike(astray.skips_another_size, until=[0, 1], store="file", within=WITHIN)
-    assert first.exit == -signal.SIGABRT or second.exit == -signal.SIGABRT
-    named(second if first.exit == -signal.SIGABRT else first, "call 2", "does not answer")
+    for said in living(strike(astray.skips_another_size, until=[0, 1], store="file", within=WITHIN)):
+        named(said, "call 2", "does not answer")
 
 
 def test_a_rank_calls_a_layer_twice() -> None:
@@ -39,10 +45,8 @@ def test_a_rank_calls_a_layer_twice() -> None:
 
 def test_a_rank_goes_back_where_the_other_does_not() -> None:
     """The messages differ in size, so one process is ended by gloo; the other one's error names its layer."""
-    first, second = strike(astray.one_goes_back, store="file", within=WITHIN)
-    alive = [said for said in (first, second) if said.error]
-    assert alive
-    named(alive[0], "call 2", "ranks 0-1 are:")
+    for said in living(strike(astray.one_goes_back, store="file", within=WITHIN)):
+        named(said, "call 2", "ranks 0-1 are:")
 
 
 def test_a_rank_goes_back_in_another_order() -> None:
@@ -117,8 +121,8 @@ def test_a_rank_runs_out_of_data() -> None:
 
 def test_ranks_disagree_on_channels() -> None:
     """gloo ends one process; the other one's error names its layer."""
-    first, second = strike(astray.has_more_channels, until=[0, 1], store="file", within=WITHIN)
-    named(second if first.exit == -signal.SIGABRT else first, "channels)", "does not answer")
+    for said in living(strike(astray.has_more_channels, until=[0, 1], store="file", within=WITHIN)):
+        named(said, "channels)", "does not answer")
 
 
 def test_ranks_disagree_on_the_activation() -> None:
