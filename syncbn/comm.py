@@ -145,7 +145,7 @@ def new_group(scope: int | str) -> ProcessGroup | None:
     The first call with a size is a collective of all ranks; the same call later returns the same group.
     """
     if not (isinstance(scope, int) and not isinstance(scope, bool) and scope > 0) and scope not in ("node", "world"):
-        raise ValueError(f"A scope is a positive number of ranks, 'node' or 'world'; got {scope!r}.")
+        raise ValueError(f"A scope is a positive number of ranks, 'node' or 'world'; got {scope!r}. Pass e.g. 4.")
     if not (dist.is_available() and dist.is_initialized()):
         return None
     world = dist.group.WORLD

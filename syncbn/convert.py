@@ -78,7 +78,9 @@ def convert_sync_batchnorm(
     Call it alike on every rank, before wrapping the model in DistributedDataParallel.
     """
     if on_unknown not in ("raise", "skip"):
-        raise ValueError(f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}.")
+        raise ValueError(
+            f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}. Pass 'skip' to leave such layers as they are."
+        )
     refusals.refuse_wrapped(module)
     chosen = _chooser(only)
     wanted, left = [], {}
@@ -117,7 +119,9 @@ def name_layers(model: M) -> M:
         model; copies and pickles keep the names.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"A model to name the layers of must be an nn.Module; got {type(model).__name__}.")
+        raise TypeError(
+            f"A model to name the layers of must be an nn.Module; got {type(model).__name__}. Pass the model itself."
+        )
     _label(model)
     name_by_path(model, anew=True)
     return model
