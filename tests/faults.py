@@ -110,9 +110,11 @@ def strike(
         address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         given = {"SYNCBN_WATCH": str(PATIENCE), **environment}
         ranks = [_start(fault, rank, world, address, timeout, given) for rank in range(world)]
-        said = _listen({connection: rank for rank, (_, connection) in enumerate(ranks)}, until, within)
-        for rank, (process, _) in enumerate(ranks):
-            process.join(10 if said[rank].is_done else 0)
+        unended = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+        said = _listen(unended, until, within)
+        for rank, (process, connection) in enumerate(ranks):
+            is_ending = said[rank].is_done or connection not in unended  # an abort closes it before the exit is known
+            process.join(10 if is_ending else 0)
             said[rank] = said[rank]._replace(exit=process.exitcode)
             process.kill()
             process.join()
@@ -120,6 +122,7 @@ def strike(
 
 
 def _listen(connections: dict[Connection, int], until: Sequence[int] | None, within: float) -> list[Said]:
+    """What the ranks say; of the connections those stay that are still open."""
     said = [Said(None, [], None, 0.0, {}, {}, False) for _ in connections]
     end = time.monotonic() + within
     while connections and (left := end - time.monotonic()) > 0:

@@ -24,14 +24,14 @@ def test_a_rank_skips_a_layer_of_the_same_size(world: int) -> None:
 
 
 def living(faulty: list[Said]) -> list[Said]:
-    """Those that gloo did not end, which it did at least to one."""
+    """Those that gloo did not end; it ends one rank or, if both messages are under way, both."""
     alive = [said for said in faulty if said.exit != -signal.SIGABRT]
     assert len(alive) < len(faulty)
     return alive
 
 
 def test_a_rank_skips_a_layer_of_another_size() -> None:
-    """gloo ends the process that receives more than it expects; the other one's error names layer and rank."""
+    """gloo ends the process that receives more than it expects; who lives names layer and rank."""
     for said in living(strike(astray.skips_another_size, until=[0, 1], store="file", within=WITHIN)):
         named(said, "call 2", "does not answer")
 
@@ -44,7 +44,7 @@ def test_a_rank_calls_a_layer_twice() -> None:
 
 
 def test_a_rank_goes_back_where_the_other_does_not() -> None:
-    """The messages differ in size, so one process is ended by gloo; the other one's error names its layer."""
+    """The messages differ in size, so a process is ended by gloo; who lives names its layer."""
     for said in living(strike(astray.one_goes_back, store="file", within=WITHIN)):
         named(said, "call 2", "ranks 0-1 are:")
 
@@ -120,7 +120,7 @@ def test_a_rank_runs_out_of_data() -> None:
 
 
 def test_ranks_disagree_on_channels() -> None:
-    """gloo ends one process; the other one's error names its layer."""
+    """gloo ends a process; who lives names its layer."""
     for said in living(strike(astray.has_more_channels, until=[0, 1], store="file", within=WITHIN)):
         named(said, "channels)", "does not answer")
 
