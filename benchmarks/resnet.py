@@ -48,8 +48,9 @@ class ForcedOurs(syncbn.SyncBatchNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
-        statistics = (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum)
-        given = (parameters["weight"], parameters["bias"], True, self.eps, residual, self.activation, mask)
+        running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        statistics = (*running, self.momentum, self.skip_nonfinite)
+        given = (parameters["weight"], parameters["bias"], True, self.eps, residual, self.activation, mask, self._label)
         return over_group(dist.group.WORLD, x, statistics, *given)
 
 

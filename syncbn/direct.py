@@ -144,7 +144,8 @@ def normalize(
     label: Label,
 ) -> Tensor | None:
     """y of a training call without a mask; None if it is not one that is known here, or not at such a time."""
-    *owned, momentum, skip_nonfinite = weight, bias, *statistics
+    mean, var, tracked, momentum, skip_nonfinite = statistics
+    owned = weight, bias, mean, var, tracked
     kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
     if kind is None or momentum is None or name_for(x) != "gpu":
         return None

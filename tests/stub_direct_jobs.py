@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
+from benchmarks import resnet
 from syncbn import backends, calls, fingerprint
 from syncbn.backends import gpu_report, gpu_workspace, reference
 from syncbn.names import BACKWARD, FORWARD, Call
@@ -115,6 +116,17 @@ def both_ways_tell_the_device_alike(given: Given) -> list[str]:
         marks = [(launch.values["tag"], launch.values.get("turn")) for launch in step.launches]
         turn = 2 * number
         assert marks == [(forward, None), (forward, turn + 1), (backward, None), (backward, turn + 2)]
+    return ways
+
+
+def a_forced_layer_is_direct(given: Given) -> list[str]:
+    """The ways of three steps of the benchmarks' layer that communicates without need."""
+    from syncbn import direct
+
+    layer = resnet.ForcedOurs(given.shape[1], activation=given.activation)
+    direct._calls.clear()
+    with told_ways() as ways, two_ranks():
+        layer_step(layer, given, 3)
     return ways
 
 

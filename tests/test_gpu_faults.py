@@ -188,7 +188,7 @@ def test_a_replayed_graph_reports_a_mix_up(two_ranks: TwoRanks) -> None:
         two_ranks.other.zero_()
         (device,) = progress.every()
         assert (device.mixed_up() is not None) == differs
-    with pytest.raises(RuntimeError, match=r"the device of rank 0 found it in SyncBatchNorm #\d+ \(8 channels\)"):
+    with pytest.raises(RuntimeError, match=r"rank 0 found it in layer 'SyncBatchNorm #\d+ \(8 channels\)'"):
         layer(x)
     layer(x)
 

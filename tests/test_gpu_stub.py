@@ -89,6 +89,12 @@ def test_both_ways_tell_the_device_alike(device: TritonProcess, given: Given) ->
     assert device.run(stub_direct_jobs.both_ways_tell_the_device_alike, given) == ["direct"] * 2
 
 
+def test_a_forced_layer_is_direct(device: TritonProcess) -> None:
+    """What step.py times with collectives goes the way that a layer with peers goes."""
+    given = DIRECT["rows"]
+    assert device.run(stub_direct_jobs.a_forced_layer_is_direct, given) == ["direct"] * 2
+
+
 UNUSUAL = ["hook", "capture", "address", "dtype", *(f"{k} at the same address" for k in KINDS)]
 USUAL = ["nothing", "data", "parameter"]
 
