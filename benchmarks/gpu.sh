@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts: each has its seconds, and what fails or hangs in one costs the others nothing.
 #   bash benchmarks/gpu.sh first              # is it right, how fast is it: at most 460 s
-#   bash benchmarks/gpu.sh second             # sanitizers, profiler, torch.compile: at most 260 s
+#   bash benchmarks/gpu.sh second             # sanitizers, profiler, torch.compile: at most 320 s
 #   bash benchmarks/gpu.sh kernels:60 layer   # these parts alone, one of them with other seconds
 # Without a name, first and second. It uses this machine's python3 as it is, and
 #   OUT=out       the folder of the results; what is there is added to. At most eight files: log.txt, ncu.txt and
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONUTF8=1
 declare -A lists=(
     [first]="versions:5 precompile:35 smoke:25 kernels:105 layer:105 host:15 step:70 tests:100"
-    [second]="memcheck:80 racecheck:50 ncu:40 compile:90"
+    [second]="memcheck:80 racecheck:50 ncu:40 compile:150"
 )
 first_tests="bits_repeat or graph_replay or streams_do_not or (dtypes_and_layouts and dtype1 and (64 or 512 or 33))"
 versions='import shutil, sys; from importlib import metadata
