@@ -1,4 +1,4 @@
-"""Which rank this process is, on which device, and how it ends when something is wrong."""
+"""Which rank this process is, on which device, what ranks do together, and how they end when something is wrong."""
 
 import os
 import platform
@@ -10,7 +10,10 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -66,10 +69,38 @@ def fail(message: str) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(20)
     else:
-        print(f"train.py: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     if dist.is_initialized():
         end(2)
     sys.exit(2)
+
+
+def distributed(model: nn.Module, me: Rank) -> nn.Module:
+    """The model as it is trained: its gradients averaged over the ranks, where there is a group."""
+    if me.backend is None:
+        return model
+    return DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
+
+
+def summed(totals: Tensor, me: Rank) -> Tensor:
+    """The totals of all ranks, in place."""
+    if me.backend is not None:
+        dist.all_reduce(totals)
+    return totals
+
+
+def progress(steps: int, me: Rank, done: int = 0) -> "tqdm[Any]":
+    """A bar over all steps, on rank 0 of a terminal."""
+    return tqdm(total=steps, initial=done, unit="step", disable=me.rank > 0 or None)
+
+
+def save(model: nn.Module, path: Path | None, me: Rank) -> None:
+    """The state_dict, by rank 0, whole or not at all; without a path nothing."""
+    if me.rank == 0 and path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        torch.save(model.state_dict(), part)
+        part.replace(path)
 
 
 def on_rank_0(me: Rank, action: Callable[[], T]) -> T:

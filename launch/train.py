@@ -43,44 +43,27 @@ from checkpoint import Checkpoints
 from data import Data, crop_and_flip, load
 from log import Log
 from model import NORMS, build
-from ranks import Rank, fail, join, leave, machine_name, require_alike
+from options import parser
+from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DistributedSampler
-from tqdm import tqdm
 
 EVAL_BATCH = 256
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; --help ends with the commands above."""
-    summary, _, commands = (__doc__ or "").partition("\n")
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", description=summary, epilog=commands, formatter_class=shown)
-    parser.error = lambda message: fail(f"{message}\n{parser.format_usage()}")  # one message instead of one per rank
-    parser.add_argument("--norm", choices=NORMS, default="syncbn", help="normalization layer (default: %(default)s)")
-    parser.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="data set (default: digits)")
-    parser.add_argument("--data-dir", default="data", help="folder with the CIFAR-10 binary files (default: data)")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per rank and step (default: 32)")
-    parser.add_argument("--epochs", type=positive, default=10, help="passes over the training set (default: 10)")
-    parser.add_argument("--lr", type=float, help="first learning rate (default: 0.1 per 256 images of all ranks)")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, on GPU and CPU")
-    parser.add_argument("--channels-last", action="store_true", help="keep images as (N, H, W, C) in memory")
-    parser.add_argument("--seed", type=int, default=0, help="of initialization, order and augmentation (default: 0)")
-    parser.add_argument("--log-file", type=Path, help="append one JSON line per epoch to this file")
-    parser.add_argument("--checkpoint", type=Path, help="folder: write the state per epoch, and resume if it has one")
-    parser.add_argument("--save", type=Path, help="write the trained state_dict to this file")
-    return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+    options = parser("train.py", __doc__ or "", NORMS, batch_size=32, epochs=10)
+    options.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="data set (default: digits)")
+    options.add_argument("--data-dir", default="data", help="folder with the CIFAR-10 binary files (default: data)")
+    options.add_argument("--lr", type=float, help="first learning rate (default: 0.1 per 256 images of all ranks)")
+    options.add_argument("--amp", action="store_true", help="bfloat16 autocast, on GPU and CPU")
+    options.add_argument("--channels-last", action="store_true", help="keep images as (N, H, W, C) in memory")
+    options.add_argument("--checkpoint", type=Path, help="folder: write the state per epoch, and resume if it has one")
+    return options.parse_args(arguments)
 
 
 def main() -> None:
@@ -100,17 +83,13 @@ def run(data: Data, args: argparse.Namespace, me: Rank) -> None:
     torch.manual_seed(args.seed)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = build(args.norm, data.train_images.shape[1]).to(me.device, memory_format=layout)
-    wrapped: nn.Module = model  # converted by now: DistributedDataParallel comes after
-    if me.backend is not None:
-        wrapped = DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
+    wrapped = distributed(model, me)  # converted by now: DistributedDataParallel comes after
     if me.rank == 0:
         sizes = f"{len(data.train_images)} training and {len(data.test_images)} test images"
         where = f"{me.device.type}, {me.backend or 'no process group'}"
         print(f"{args.norm} on {me.world} x {args.batch_size} {args.data} images a step ({where}); {sizes}", flush=True)
     train(model, wrapped, data, args, me)
-    if me.rank == 0 and args.save:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), args.save)
+    save(model, args.save, me)
 
 
 def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> None:
@@ -129,7 +108,7 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
     checkpoints = args.checkpoint and Checkpoints(args.checkpoint, settings, me, parts, generators(augmenting, me))
     finished = resume(checkpoints, wrapped, data, args, me) if checkpoints else 0
     log.write()
-    with tqdm(total=args.epochs * steps, initial=finished * steps, unit="step", disable=me.rank > 0 or None) as bar:
+    with progress(args.epochs * steps, me, finished * steps) as bar:
         for epoch in range(finished + 1, args.epochs + 1):
             sampler.set_epoch(epoch)
             began = time.perf_counter()
@@ -203,10 +182,8 @@ def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -
         totals[0] += (logits.argmax(1) == labels).sum()
         totals[1] += F.cross_entropy(logits, labels, reduction="sum")
         totals[2] += len(chosen)
-    if me.backend is not None:
-        dist.all_reduce(totals)
     model.train()
-    correct, loss, count = totals.tolist()
+    correct, loss, count = summed(totals, me).tolist()
     return correct / count, loss / count
 
 
