@@ -51,6 +51,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DistributedSampler
 
+import syncbn
+
 EVAL_BATCH = 256
 
 
@@ -62,8 +64,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.add_argument("--lr", type=float, help="first learning rate (default: 0.1 per 256 images of all ranks)")
     options.add_argument("--amp", action="store_true", help="bfloat16 autocast, on GPU and CPU")
     options.add_argument("--channels-last", action="store_true", help="keep images as (N, H, W, C) in memory")
+    options.add_argument(
+        "--recompute-statistics",
+        action="store_true",
+        help="after the last epoch, evaluate and save with the statistics of the whole training set, too",
+    )
     options.add_argument("--checkpoint", type=Path, help="folder: write the state per epoch, and resume if it has one")
-    return options.parse_args(arguments)
+    args = options.parse_args(arguments)
+    if args.recompute_statistics and args.norm not in ("batch", "syncbn"):
+        options.error(f"--recompute-statistics is for batch norm; got --norm {args.norm}, which has no statistics")
+    return args
 
 
 def main() -> None:
@@ -104,7 +114,8 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
     log = Log(args.log_file if me.rank == 0 else None)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}
     settings = describe(args, me) | {"lr": lr, "device": me.device.type, "images": len(data.train_images)}
-    require_alike(me, settings | {"checkpoint": args.checkpoint is not None})
+    others = {"checkpoint": args.checkpoint is not None, "recompute_statistics": args.recompute_statistics}
+    require_alike(me, settings | others)
     checkpoints = args.checkpoint and Checkpoints(args.checkpoint, settings, me, parts, generators(augmenting, me))
     finished = resume(checkpoints, wrapped, data, args, me) if checkpoints else 0
     log.write()
@@ -126,11 +137,15 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
             ms_per_step = (time.perf_counter() - began) * 1e3 / steps
             accuracy, loss_test = evaluate(model, data, args, me)
             log.rows.append(row(args, me, epoch, accuracy, loss_test, ms_per_step))
+            out = f"accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
+            if args.recompute_statistics and epoch == args.epochs:
+                accuracy, loss_test = recompute(model, data, args, me)
+                log.rows[-1] |= {"recomputed_accuracy": accuracy, "recomputed_loss": loss_test}
+                out += f"; with recomputed statistics {accuracy:.2%}, {loss_test:.4f}"
             if checkpoints:
                 checkpoints.save(epoch)  # before the log: a row that is missing there is in here
             log.write()
             if me.rank == 0:
-                out = f"accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
                 bar.write(f"epoch {epoch}: {out}")
 
 
@@ -162,6 +177,18 @@ def loss_of(
 ) -> Tensor:
     with autocast(args, me):
         return F.cross_entropy(wrapped(to_input(images, data, args, me)), labels.to(me.device))
+
+
+def recompute(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> tuple[float, float]:
+    """Give the model the statistics of the whole training set, each image once, and evaluate it.
+
+    In large batches, since a deep layer's statistics are of what the layers before it make of a batch.
+    """
+    mine = torch.arange(me.rank, len(data.train_images), me.world).split(EVAL_BATCH)
+    with autocast(args, me):
+        images = (to_input(data.train_images[chosen], data, args, me) for chosen in mine)
+        syncbn.recompute_statistics(model, images)
+    return evaluate(model, data, args, me)
 
 
 @torch.no_grad()

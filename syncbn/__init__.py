@@ -9,6 +9,7 @@ from syncbn.inspection import checking
 from syncbn.loader import EvenLoader
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncbn.report import conversion_report
+from syncbn.statistics import recompute_statistics, synchronize_statistics
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "name_layers",
     "new_group",
     "plain",
+    "recompute_statistics",
     "register_converter",
     "revert_sync_batchnorm",
     "safe_globals",
+    "synchronize_statistics",
     "unfreeze",
 ]

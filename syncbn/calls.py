@@ -12,11 +12,10 @@ from threading import get_ident
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from syncbn import comm, fingerprint, inspection, mixups, progress, watch
-from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, Step, name_by_path
+from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, Pooling, Step, name_by_path
 from syncbn.progress import Progress
 
 T = TypeVar("T")
@@ -100,11 +99,11 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     return summed
 
 
-def next_batch(group: ProcessGroup, number: int, answer: Callable[[], T]) -> T:
-    """answer(), for which a loader waits on the other ranks, seen by the watch as a layer's call is."""
+def awaited(what: Step | Pooling, answer: Callable[[], T]) -> T:
+    """answer(), for which this rank waits on the others, seen by the watch as a layer's call is."""
     if not watch.is_started:
         watch.start()
-    thread, place = get_ident(), (Step(group, number), FORWARD, time.monotonic())
+    thread, place = get_ident(), (what, FORWARD, time.monotonic())
     watch.now[thread] = place
     try:
         return answer()

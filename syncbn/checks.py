@@ -193,11 +193,7 @@ def check_group(process_group: comm.Group | None) -> ProcessGroup | None:
 
 def check_loader(loader: object, process_group: object, empty: object, device: Any) -> torch.device | None:
     """Something to iterate over, a group or None, a function or None, a device or None, as torch knows it."""
-    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise TypeError(
-            f"loader must be iterable, as a DataLoader is; got {type(loader).__name__}. "
-            "Pass what your loop iterates over."
-        )
+    check_iterable("loader", loader)
     if not (process_group is None or comm.is_group(process_group)):
         raise TypeError(
             f"process_group must be a ProcessGroup, a 1-d DeviceMesh or None; got {type(process_group).__name__}. "
@@ -212,6 +208,15 @@ def check_loader(loader: object, process_group: object, empty: object, device: A
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(f"device must be a device or None; got {device!r}. Pass e.g. device='cuda:0'.") from None
+
+
+def check_iterable(name: str, given: object) -> None:
+    """What a for statement takes."""
+    if not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise TypeError(
+            f"{name} must be iterable, as a DataLoader is; got {type(given).__name__}. "
+            "Pass what your loop iterates over."
+        )
 
 
 def loader_failed(rank: int, what: str) -> RuntimeError:

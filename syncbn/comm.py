@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -250,6 +250,11 @@ def own_store(prefix: str) -> Any:
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # torch exports it
 
 
+def without_ddp(module: nn.Module) -> nn.Module:
+    """The model in a DistributedDataParallel, whose own forward sends buffers to the other ranks."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """Whose forward is running."""
     return DistributedDataParallel._active_ddp_module
@@ -259,6 +264,11 @@ def is_joining() -> bool:
     """Whether this call is within a DistributedDataParallel whose `join()` is in force."""
     ddp = active_ddp()
     return ddp is not None and ddp._join_config.enable
+
+
+def size_of(group: ProcessGroup | None) -> int:
+    """How many ranks; alone, one."""
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: ProcessGroup) -> int:

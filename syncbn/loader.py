@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from syncbn import calls, checks, comm
 from syncbn.emptied import emptied
+from syncbn.names import Step
 
 _NONE: Any = object()
 """No batch; None may be one."""
@@ -195,7 +196,7 @@ def _in_step(source: _Source, company: _Company) -> Iterator[Any]:
     source.fetch()
     process, answer = os.getpid(), company.start(source)
     for step in itertools.count(1):
-        has, fails, lacks = calls.next_batch(company.group, step, answer)
+        has, fails, lacks = calls.awaited(Step(company.group, step), answer)
         company.check(source, fails)
         if not has:
             return

@@ -135,7 +135,21 @@ class Step(NamedTuple):
         return "the next batch"
 
 
-Place = tuple[Call | Step, str, float]
+class Pooling(NamedTuple):
+    """The one sum of a function that pools the statistics of all layers."""
+
+    group: ProcessGroup
+    function: str
+    number: int = 1
+
+    def what(self) -> str:
+        return f"syncbn.{self.function}"
+
+    def like(self) -> str:
+        return "the sums of all layers"
+
+
+Place = tuple[Call | Step | Pooling, str, float]
 """A call, its direction, and when it began or ended, by time.monotonic()."""
 
 FUNCTION = Label("syncbn.functional.sync_batch_norm")
@@ -167,11 +181,11 @@ def name_by_path(root: nn.Module, anew: bool = False) -> None:
     """The labels below root by their layers' paths; those that are paths already stay, unless anew."""
     for name, module in root.named_modules():
         label = module.__dict__.get("_label")
-        if isinstance(label, Label) and (anew or not label.is_path) and (path := _path_of(root, name)):
+        if isinstance(label, Label) and (anew or not label.is_path) and (path := path_of(root, name)):
             label.rename(path)
 
 
-def _path_of(model: nn.Module, name: str) -> str:
+def path_of(model: nn.Module, name: str) -> str:
     """A name of `model.named_modules()` without what wrappers put in, such as DDP's `module.`"""
     parts: list[str] = []
     module = model

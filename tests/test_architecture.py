@@ -15,7 +15,20 @@ from syncbn import backends
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "syncbn"
-LEVELS = ["__init__", "selfcheck", "compat", "report", "convert", "freeze", "refusals", "swap", "classes", "watched"]
+LEVELS = [
+    "__init__",
+    "selfcheck",
+    "compat",
+    "statistics",
+    "measured",
+    "report",
+    "convert",
+    "freeze",
+    "refusals",
+    "swap",
+    "classes",
+    "watched",
+]
 LEVELS += [
     "loader",
     "emptied",
