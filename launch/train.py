@@ -135,18 +135,32 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
             if me.device.type == "cuda":
                 torch.cuda.synchronize()
             ms_per_step = (time.perf_counter() - began) * 1e3 / steps
-            accuracy, loss_test = evaluate(model, data, args, me)
-            log.rows.append(row(args, me, epoch, accuracy, loss_test, ms_per_step))
-            out = f"accuracy {accuracy:.2%}, loss {loss_test:.4f}, {ms_per_step:.1f} ms per step"
-            if args.recompute_statistics and epoch == args.epochs:
-                accuracy, loss_test = recompute(model, data, args, me)
-                log.rows[-1] |= {"recomputed_accuracy": accuracy, "recomputed_loss": loss_test}
-                out += f"; with recomputed statistics {accuracy:.2%}, {loss_test:.4f}"
+            result = outcome(model, epoch, data, args, me)
+            log.rows.append(row(args, me, epoch, {**result, "ms_per_step": ms_per_step}))
             if checkpoints:
                 checkpoints.save(epoch)  # before the log: a row that is missing there is in here
             log.write()
             if me.rank == 0:
-                bar.write(f"epoch {epoch}: {out}")
+                shown = ", ".join(
+                    f"{k.replace('_', ' ')} {v:{'.2%' if 'acc' in k else '.4f'}}" for k, v in result.items()
+                )
+                bar.write(f"epoch {epoch}: {shown}, {ms_per_step:.1f} ms per step")
+
+
+def outcome(model: nn.Module, epoch: int, data: Data, args: argparse.Namespace, me: Rank) -> dict[str, float]:
+    """Accuracy and mean cross-entropy on the test set; with --recompute-statistics the last epoch's with those, too.
+
+    They are the statistics of the whole training set, each image once, and the model keeps them. The batches are large,
+    since a deep layer's statistics are of what the layers before it make of a batch.
+    """
+    result = dict(zip(("accuracy", "loss"), evaluate(model, data, args, me), strict=True))
+    if args.recompute_statistics and epoch == args.epochs:
+        mine = torch.arange(me.rank, len(data.train_images), me.world).split(EVAL_BATCH)
+        with autocast(args, me):
+            syncbn.recompute_statistics(model, (to_input(data.train_images[i], data, args, me) for i in mine))
+        again = evaluate(model, data, args, me)
+        result |= dict(zip(("recomputed_accuracy", "recomputed_loss"), again, strict=True))
+    return result
 
 
 def resume(checkpoints: Checkpoints, wrapped: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> int:
@@ -177,18 +191,6 @@ def loss_of(
 ) -> Tensor:
     with autocast(args, me):
         return F.cross_entropy(wrapped(to_input(images, data, args, me)), labels.to(me.device))
-
-
-def recompute(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> tuple[float, float]:
-    """Give the model the statistics of the whole training set, each image once, and evaluate it.
-
-    In large batches, since a deep layer's statistics are of what the layers before it make of a batch.
-    """
-    mine = torch.arange(me.rank, len(data.train_images), me.world).split(EVAL_BATCH)
-    with autocast(args, me):
-        images = (to_input(data.train_images[chosen], data, args, me) for chosen in mine)
-        syncbn.recompute_statistics(model, images)
-    return evaluate(model, data, args, me)
 
 
 @torch.no_grad()
@@ -237,10 +239,10 @@ def describe(args: argparse.Namespace, me: Rank) -> dict[str, Any]:
     }
 
 
-def row(args: argparse.Namespace, me: Rank, epoch: int, accuracy: float, loss: float, ms: float) -> dict[str, Any]:
+def row(args: argparse.Namespace, me: Rank, epoch: int, result: dict[str, float]) -> dict[str, Any]:
     """A line of the log: what ran where, and what came out."""
     where = {"machine": machine_name(me.device), "torch": str(torch.__version__), "backend": me.backend}
-    return where | describe(args, me) | {"epoch": epoch, "accuracy": accuracy, "loss": loss, "ms_per_step": ms}
+    return where | describe(args, me) | {"epoch": epoch} | result
 
 
 if __name__ == "__main__":
