@@ -41,6 +41,11 @@ class Log:
                 file.write("\n" * bool(rest) + "".join(missing))
 
 
+def worded(result: dict[str, float]) -> str:
+    """Results in words, those called accuracy as percentages."""
+    return ", ".join(f"{k.replace('_', ' ')} {v:{'.2%' if 'accuracy' in k else '.4f'}}" for k, v in result.items())
+
+
 def parsed(line: bytes) -> Row:
     """The row that line holds; an empty one if it holds something else."""
     try:

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from checkpoint import Checkpoints
 from data import Data, crop_and_flip, load
-from log import Log
+from log import Log, worded
 from model import NORMS, build
 from options import parser
 from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
@@ -141,10 +141,7 @@ def train(model: nn.Module, wrapped: nn.Module, data: Data, args: argparse.Names
                 checkpoints.save(epoch)  # before the log: a row that is missing there is in here
             log.write()
             if me.rank == 0:
-                shown = ", ".join(
-                    f"{k.replace('_', ' ')} {v:{'.2%' if 'acc' in k else '.4f'}}" for k, v in result.items()
-                )
-                bar.write(f"epoch {epoch}: {shown}, {ms_per_step:.1f} ms per step")
+                bar.write(f"epoch {epoch}: {worded(result)}, {ms_per_step:.1f} ms per step")
 
 
 def outcome(model: nn.Module, epoch: int, data: Data, args: argparse.Namespace, me: Rank) -> dict[str, float]:
