@@ -105,7 +105,7 @@ def recompute_statistics(
     checks.check_iterable("batches", batches)
     if is_synchronized(layers):
         batches = EvenLoader(batches, process_group)
-    _require_alike(layers, group)
+    _require_alike(layers, group, "recompute_statistics")
     with measuring(bare, layers) as sums:
         for batch in batches:
             run(bare, batch)
@@ -152,7 +152,7 @@ def synchronize_statistics(model: nn.Module, *, process_group: comm.Group | None
     layers, left = layers_of(comm.without_ddp(model))
     _require_layers(layers, left, "synchronized")
     group = checks.check_group(process_group)
-    _require_alike(layers, group)
+    _require_alike(layers, group, "synchronize_statistics")
     world = comm.size_of(group)
     if group is not None:
         pairs = [(_double(layer.running_mean), _double(layer.running_var)) for layer in layers.values()]
@@ -199,13 +199,14 @@ def _require_layers(layers: Layers, left: dict[str, str], what: str) -> None:
         raise ValueError(f"Statistics must be there to be {what}; got {lazy[0]!r}, which is lazy. Call the model once.")
 
 
-def _require_alike(layers: Layers, group: ProcessGroup | None) -> None:
+def _require_alike(layers: Layers, group: ProcessGroup | None, function: str) -> None:
     """Raise on all ranks if they differ: their sums would be of different sizes, or of different layers."""
     if group is None:
         return
     text = "\n".join(f"{name} {layer.num_features} {is_synchronized({name: layer})}" for name, layer in layers.items())
     mine = zlib.crc32(text.encode())
-    largest, smallest = comm.start_largest((mine, -mine), group, comm.device_of(group))()
+    answer = comm.start_largest((mine, -mine), group, comm.device_of(group))
+    largest, smallest = calls.awaited(Pooling(group, function), answer)
     if largest != -smallest:
         raise ValueError(
             "All ranks must have the same batch norms, of the same sizes and kinds; got others on some ranks (this one "

@@ -109,6 +109,12 @@ def runs_out_of_data(run: Run) -> None:
         run.call("first")
 
 
+def does_not_recompute(run: Run) -> None:
+    if run.rank == 0:
+        syncbn.recompute_statistics(run.net["first"], [run.x()])
+    dist.barrier()
+
+
 def has_more_channels(run: Run) -> None:
     syncbn.SyncBatchNorm(4 + run.rank)(run.x(4 + run.rank))
     time.sleep(10)

@@ -66,6 +66,12 @@ def test_rank_0_validates_in_train_mode() -> None:
     assert len(first.log) == 1
 
 
+def test_a_rank_does_not_recompute_statistics() -> None:
+    """What the others wait in is called by its name, as a layer is."""
+    first, _ = strike(astray.does_not_recompute, until=[0], within=WITHIN)
+    named(first, "syncbn.recompute_statistics (forward, call 1", "rank 1", "in barrier")
+
+
 def test_a_rank_is_stuck_in_its_loader() -> None:
     """The report says so, with the user's line."""
     first, _ = strike(astray.is_stuck_in_its_loader, until=[0], within=WITHIN)
