@@ -14,6 +14,8 @@ from typing import Any
 Row = dict[str, Any]
 COLUMNS = ["machine", "torch", "commit", "data", "norm", "seed", "ranks", "batch_per_rank", "epochs"]
 RESULTS = ["accuracy", "loss", "ms_per_step"]
+RECOMPUTED = ["recomputed_accuracy", "recomputed_loss"]
+"""Of runs with --recompute-statistics."""
 NAMES = {"batch": "BatchNorm", "syncbn": "SyncBatchNorm", "instance": "InstanceNorm", "group": "GroupNorm"}
 
 
@@ -38,12 +40,18 @@ def table(outcomes: list[Row]) -> str:
     spread = f", {seeds} seeds, mean ± standard deviation" if seeds > 1 else ""
     place = f"{some['ranks']} ranks x {some['batch_per_rank']} images, {some['epochs']} epochs{spread}"
     lines = [f"{some['data']}, {place}; {some['machine']}, torch {some['torch']}", ""]
-    lines.append(f"{'norm':<14}{'test accuracy':>18}{'test loss':>20}{'ms per step':>16}")
+    again = all(RECOMPUTED[0] in row for row in outcomes)
+    head = f"{'norm':<14}{'test accuracy':>18}{'test loss':>20}{'ms per step':>16}"
+    lines.append(head + (f"{'recomputed accuracy':>24}{'loss':>20}" if again else ""))
     for norm in dict.fromkeys(row["norm"] for row in outcomes):
         mine = [row for row in outcomes if row["norm"] == norm]
         accuracy, loss, ms = ([row[name] for row in mine] for name in RESULTS)
         cells = (amount([100 * a for a in accuracy], 2, " %"), amount(loss, 4), amount(ms, 1))
-        lines.append(f"{NAMES[norm]:<14}{cells[0]:>18}{cells[1]:>20}{cells[2]:>16}")
+        line = f"{NAMES[norm]:<14}{cells[0]:>18}{cells[1]:>20}{cells[2]:>16}"
+        if again:
+            accuracy, loss = ([row[name] for row in mine] for name in RECOMPUTED)
+            line += f"{amount([100 * a for a in accuracy], 2, ' %'):>24}{amount(loss, 4):>20}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -61,10 +69,11 @@ def write_csv(path: Path, outcomes: list[Row]) -> None:
         described = "unknown"  # an unpacked archive
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *RESULTS], extrasaction="ignore", lineterminator="\n")
+        names = [*COLUMNS, *RESULTS, *(RECOMPUTED if any(RECOMPUTED[0] in row for row in outcomes) else [])]
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in outcomes:
-            rounded = {"accuracy": f"{row['accuracy']:.5f}", "loss": f"{row['loss']:.5f}"}
+            rounded = {name: f"{row[name]:.5f}" for name in ("accuracy", "loss", *RECOMPUTED) if name in row}
             writer.writerow({**row, **rounded, "commit": described, "ms_per_step": f"{row['ms_per_step']:.2f}"})
 
 

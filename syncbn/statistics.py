@@ -20,19 +20,19 @@ Moments = tuple[Tensor, Tensor | None]
 
 
 class Pooled(NamedTuple):
-    """counts: what each layer's statistics are of, values a channel or ranks, by its path; left: the others, and why.
-
-    Printed, a line for all and one for each that was left alone.
+    """counts: how many values a channel, or ranks, each layer's statistics are of, by its path; left: the other layers,
+    and why. Printed, a line for all and one for each that was left alone.
     """
 
     counts: dict[str, int]
     left: dict[str, str]
+    unit: str = "values a channel"
 
     def __str__(self) -> str:
         few, many = (min(self.counts.values()), max(self.counts.values())) if self.counts else (0, 0)
         of = f"{many}" if few == many else f"{few} to {many}"
         lines = [f"{name}: left alone, {why}" for name, why in self.left.items()]
-        return "\n".join([f"statistics of {len(self.counts)} batch norms, pooled of {of} each", *lines])
+        return "\n".join([f"statistics of {len(self.counts)} batch norms, each of {of} {self.unit}", *lines])
 
 
 def recompute_statistics(
@@ -161,7 +161,7 @@ def synchronize_statistics(model: nn.Module, *, process_group: comm.Group | None
         thirds = [(total / world).view(3, -1) for total in totals]
         mixed = [(mean, var + (squares - mean * mean).clamp_(min=0)) for mean, squares, var in thirds]
         _replace(layers, dict(zip(layers, mixed, strict=True)), None)
-    return Pooled(dict.fromkeys(layers, world), left)
+    return Pooled(dict.fromkeys(layers, world), left, "ranks")
 
 
 def _check(model: object, forward: object, momentum: object) -> float | None:

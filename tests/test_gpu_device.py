@@ -1,5 +1,7 @@
 """The Triton kernels on a device: against the oracle, in graphs, without a wait of the host, over 2³¹ elements."""
 
+import copy
+
 import pytest
 import torch
 
@@ -191,3 +193,14 @@ def test_two_ranks_share_a_device(ranks: RankPool, shapes: tuple[tuple[int, ...]
     """Two gloo processes on one device agree with the oracle, one of them with an empty batch too."""
     case = Case(shapes, activation="relu", residual=True)
     compare(case, ranks.run(2, run_on_cuda, case, 2), 2)
+
+
+def test_recomputed_statistics() -> None:
+    """Of all batches on a device, as on the CPU to float32's rounding."""
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(8), syncbn.SyncBatchNorm(8, activation="relu"))
+    right = copy.deepcopy(net)
+    batches = torch.randn(3, 4, 8, 9, 9) * 2 + 1
+    said = syncbn.recompute_statistics(net.cuda(), batches.cuda())
+    assert said.counts == syncbn.recompute_statistics(right, batches).counts
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(buffer.cpu(), dict(right.named_buffers())[name], rtol=1e-5, atol=1e-6)

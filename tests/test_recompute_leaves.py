@@ -64,7 +64,8 @@ def test_what_is_left_alone_is_said() -> None:
         "none": "it has no running statistics",
         "unused": "it was not called",
     }
-    assert str(said).splitlines()[:2] == ["statistics of 1 batch norms, pooled of 4 each", "frozen: left alone, frozen"]
+    lines = ["statistics of 1 batch norms, each of 4 values a channel", "frozen: left alone, frozen"]
+    assert str(said).splitlines()[:2] == lines
     assert torch.equal(net["evaluating"].running_mean, torch.zeros(3))
 
 
