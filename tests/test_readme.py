@@ -76,6 +76,17 @@ def test_the_norms_table_is_that_of_the_rows() -> None:
         assert line in README
 
 
+def test_the_recomputed_figures_are_those_of_the_rows() -> None:
+    """So are the accuracies with running and with recomputed statistics."""
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/recomputed-epyc-2-cores.csv").read_text().splitlines()))
+    for norm, name in (("batch", "BatchNorm, unsynchronized"), ("syncbn", "SyncBatchNorm")):
+        columns = ("accuracy", "recomputed_accuracy")
+        cells = [[100 * float(row[column]) for row in rows if row["norm"] == norm] for column in columns]
+        assert [len(values) for values in cells] == [3, 3]
+        before, after = (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in cells)
+        assert f"| {name} | {before} | {after} |" in README
+
+
 def test_the_cpu_figures_are_those_of_the_rows() -> None:
     """The ratios that README gives for the layer on CPU are the extremes of the committed rows."""
     rows = list(csv.DictReader((ROOT / "benchmarks/results/layer-amd-epyc-2-cores.csv").read_text().splitlines()))
