@@ -3,6 +3,7 @@
     layer-*.csv     time of each variant over the copy's, by shape and pass; a panel per layout
     kernels-*.csv   bytes per second of each verb by its bytes, against the copy: the roofline
     wire.csv        bytes arriving at a rank per step, by world size
+    batch-size-*    accuracy of each norm by the images a rank has in a step: mean over seeds, lowest to highest
 
 Every number drawn stands in the file; of a file with several settings the captions name the one drawn.
 """
@@ -39,7 +40,7 @@ def draw(source: Path, out: Path) -> None:
     if not rows:
         raise ValueError(f"{source} has no rows to draw.")
     kind = source.stem.partition("-")[0]
-    figure = {"layer": layer, "kernels": kernels, "wire": wire}[kind](rows)
+    figure = {"layer": layer, "kernels": kernels, "wire": wire, "batch": batch_size}[kind](rows)
     figure.savefig(out, bbox_inches="tight", metadata={"Date": None} if out.suffix == ".svg" else None, dpi=120)
     plt.close(figure)
 
@@ -140,6 +141,30 @@ def _caption(row: Row, keys: tuple[str, ...]) -> str:
 def unique(values: Any) -> list[Any]:
     """In order of first appearance."""
     return list(dict.fromkeys(values))
+
+
+def batch_size(rows: list[Row]) -> Any:
+    """Lines with bands over the seeds; of batch norm also with recomputed statistics."""
+    names = {"syncbn": "SyncBatchNorm", "batch": "BatchNorm", "group": "GroupNorm", "instance": "InstanceNorm"}
+    lines = [(norm, "accuracy", label, "-") for norm, label in names.items()]
+    lines.insert(2, ("batch", "recomputed_accuracy", "BatchNorm, statistics recomputed", "--"))
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    sizes = sorted({int(row["batch_per_rank"]) for row in rows})
+    for colour, (norm, column, label, style) in zip(COLOURS[1:], lines, strict=False):
+        at = [
+            [100 * float(r[column]) for r in rows if (r["norm"], r["batch_per_rank"]) == (norm, str(s))] for s in sizes
+        ]
+        means = [sum(values) / len(values) for values in at]
+        axis.plot(sizes, means, style, marker="o", markersize=3, color=colour, label=label)
+        axis.fill_between(sizes, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, lw=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    some = rows[0]
+    axis.set(xlabel=f"images a rank, {some['ranks']} ranks", ylabel="test accuracy (%)")
+    axis.set_title(f"{some['data']}, {some['epochs']} epochs, {len({row['seed'] for row in rows})} seeds")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
 
 
 if __name__ == "__main__":

@@ -82,6 +82,16 @@ def distributed(model: nn.Module, me: Rank) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
 
 
+def as_rank_0(model: nn.Module, me: Rank) -> None:
+    """Give all ranks the buffers of rank 0, as a checkpoint has them, to evaluate with.
+
+    Unsynchronized batch norm leaves every rank its own running statistics.
+    """
+    if me.backend is not None:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def summed(totals: Tensor, me: Rank) -> Tensor:
     """The totals of all ranks, in place."""
     if me.backend is not None:

@@ -38,13 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from checkpoint import Checkpoints
 from data import Data, crop_and_flip, load
 from log import Log, worded
 from model import NORMS, build
 from options import parser
-from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
+from ranks import Rank, as_rank_0, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -192,13 +191,8 @@ def loss_of(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy over the test set, exact: rank r takes images r, r + world, ..., each once.
-
-    Unsynchronized batch norm leaves every rank its own running statistics; all evaluate rank 0's, as a checkpoint does.
-    """
-    if me.backend is not None:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    """Accuracy and mean cross-entropy over the test set, exact: rank r takes images r, r + world, ..., each once."""
+    as_rank_0(model, me)
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # correct, loss, images
     for chosen in torch.arange(me.rank, len(data.test_images), me.world).split(EVAL_BATCH):

@@ -21,10 +21,9 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from log import Log, Row, worded
 from options import parser
-from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
+from ranks import Rank, as_rank_0, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
 from sequences import FEATURES, NORMS, Padded, Utterances, buckets, build, load, padded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,13 +105,8 @@ def losses(model: nn.Module, batch: Padded, is_masked: bool) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, test: Utterances, is_masked: bool, me: Rank) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over the test set, exact: rank r takes utterances r, r + world, ..., each once.
-
-    Unsynchronized batch norm leaves every rank its own running statistics; all evaluate rank 0's, as a checkpoint does.
-    """
-    if me.backend is not None:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    """Accuracy and mean cross-entropy over the test set, exact: each utterance once, by one rank."""
+    as_rank_0(model, me)
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # correct, loss, utterances
     for chosen in torch.arange(me.rank, len(test.labels), me.world).split(EVAL_BATCH):
