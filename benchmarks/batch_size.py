@@ -1,6 +1,6 @@
 """How does accuracy depend on the images a rank has in a step, with each norm?
 
-    python -m benchmarks.batch_size             # 75 runs on 2 gloo ranks; --append goes on where an earlier one stopped
+    python -m benchmarks.batch_size             # 60 runs on 2 gloo ranks; --append goes on where an earlier one stopped
 
 Each run is launch/train.py's, on the digits: its model, its learning rate, which is proportional to the images of a
 step, and the same number of epochs for all, so that small batches make more steps. In a column of its own is the

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile, harness, kernels, layer, wire
+from benchmarks import batch_size, compile, harness, kernels, layer, wire
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -91,3 +91,25 @@ def test_a_variant_has_one_colour() -> None:
     assert len({*bars[0].values(), *bars[1].values()}) == 4
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["copy", "a", "b", "c"]
     plot.plt.close(figure)
+
+
+def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Each norm has a row, those of batch norm with recomputed statistics; --append adds what is missing; it draws."""
+    plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
+    options = ["--smoke", "--machine", "here", "--out", str(tmp_path)]
+    command = (sys.executable, "-m", "benchmarks.batch_size", *options)
+    run(*command)
+    path = tmp_path / "batch-size-here.csv"
+    harness.check_columns(path, batch_size.COLUMNS)
+    rows = harness.read_rows(path)
+    assert [row["norm"] for row in rows] == list(batch_size.NORMS)
+    assert [bool(row["recomputed_accuracy"]) for row in rows] == [True, True, False, False]
+    assert all(0 < float(row["accuracy"]) <= 1 for row in rows)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    run(*command, "--append")
+    again = harness.read_rows(path)
+    assert [row["norm"] for row in again] == list(batch_size.NORMS)
+    assert again[:3] == rows[:3]
+    plot.main([str(path), str(tmp_path / "sizes.png")])
+    assert (tmp_path / "sizes.png").stat().st_size > 1000
