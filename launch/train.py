@@ -34,6 +34,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from data import Data, crop_and_flip, load
 from log import Log, worded
 from model import NORMS, build
 from options import parser
-from ranks import Rank, as_rank_0, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
+from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save
+from score import classified, mine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -51,8 +53,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DistributedSampler
 
 import syncbn
-
-EVAL_BATCH = 256
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -149,13 +149,12 @@ def outcome(model: nn.Module, epoch: int, data: Data, args: argparse.Namespace, 
     They are the statistics of the whole training set, each image once, and the model keeps them. The batches are large,
     since a deep layer's statistics are of what the layers before it make of a batch.
     """
-    result = dict(zip(("accuracy", "loss"), evaluate(model, data, args, me), strict=True))
+    result = evaluate(model, data, args, me)
     if args.recompute_statistics and epoch == args.epochs:
-        mine = torch.arange(me.rank, len(data.train_images), me.world).split(EVAL_BATCH)
+        batches = (to_input(data.train_images[i], data, args, me) for i in mine(len(data.train_images), me))
         with autocast(args, me):
-            syncbn.recompute_statistics(model, (to_input(data.train_images[i], data, args, me) for i in mine))
-        again = evaluate(model, data, args, me)
-        result |= dict(zip(("recomputed_accuracy", "recomputed_loss"), again, strict=True))
+            syncbn.recompute_statistics(model, batches)
+        result |= {f"recomputed_{name}": value for name, value in evaluate(model, data, args, me).items()}
     return result
 
 
@@ -189,22 +188,16 @@ def loss_of(
         return F.cross_entropy(wrapped(to_input(images, data, args, me)), labels.to(me.device))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy over the test set, exact: rank r takes images r, r + world, ..., each once."""
-    as_rank_0(model, me)
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # correct, loss, images
-    for chosen in torch.arange(me.rank, len(data.test_images), me.world).split(EVAL_BATCH):
-        labels = data.test_labels[chosen].to(me.device)
-        with autocast(args, me):
-            logits = model(to_input(data.test_images[chosen], data, args, me)).float()
-        totals[0] += (logits.argmax(1) == labels).sum()
-        totals[1] += F.cross_entropy(logits, labels, reduction="sum")
-        totals[2] += len(chosen)
-    model.train()
-    correct, loss, count = summed(totals, me).tolist()
-    return correct / count, loss / count
+def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> dict[str, float]:
+    """Accuracy and loss on the test set, each image once."""
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in mine(len(data.test_images), me):
+            with autocast(args, me):
+                logits = model(to_input(data.test_images[chosen], data, args, me))
+            yield logits.float(), data.test_labels[chosen].to(me.device)
+
+    return classified(model, outputs(), me)
 
 
 def autocast(args: argparse.Namespace, me: Rank) -> torch.autocast:

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from log import Log, Row, worded
 from options import parser
-from ranks import Rank, as_rank_0, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
+from ranks import Rank, distributed, fail, join, leave, machine_name, progress, require_alike, save
+from score import classified, mine
 from sequences import FEATURES, NORMS, Padded, Utterances, buckets, build, load, padded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-EVAL_BATCH = 64
 MASKS = {"both": (False, True), "yes": (True,), "no": (False,)}
 
 
@@ -103,21 +103,11 @@ def losses(model: nn.Module, batch: Padded, is_masked: bool) -> Tensor:
     return F.cross_entropy(logits, batch.labels, reduction="none")
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, test: Utterances, is_masked: bool, me: Rank) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over the test set, exact: each utterance once, by one rank."""
-    as_rank_0(model, me)
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # correct, loss, utterances
-    for chosen in torch.arange(me.rank, len(test.labels), me.world).split(EVAL_BATCH):
-        batch = padded(test, chosen, me.device)
-        logits = model(batch.x, batch.lengths, batch.mask() if is_masked else None)
-        totals[0] += (logits.argmax(1) == batch.labels).sum()
-        totals[1] += F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals[2] += len(chosen)
-    model.train()
-    correct, loss, count = summed(totals, me).tolist()
-    return {"accuracy": correct / count, "loss": loss / count}
+    """Accuracy and loss on the test set, each utterance once."""
+    batches = (padded(test, chosen, me.device) for chosen in mine(len(test.labels), me))
+    outputs = ((model(b.x, b.lengths, b.mask() if is_masked else None), b.labels) for b in batches)
+    return classified(model, outputs, me)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from data import Data, load
 from log import Log, Row, worded
 from options import parser
 from ranks import Rank, as_rank_0, distributed, fail, join, leave, machine_name, progress, require_alike, save, summed
+from score import mine
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DistributedSampler
@@ -30,8 +31,8 @@ from vae import LATENT, LEVELS, NORMS, bound, build
 
 import syncbn
 
-EVAL_BATCH, DRAWS, SHOWN = 256, 8, 12
-"""Images at once; codes drawn for each test image; images in a row of the picture."""
+DRAWS, SHOWN = 8, 12
+"""Codes drawn for each test image; images in a row of the picture."""
 NAMES = {"batch": "BatchNorm", "syncbn": "SyncBatchNorm", "none": "no norm"}
 
 
@@ -113,8 +114,7 @@ def bounds(model: nn.Module, images: Tensor, noise: torch.Generator, me: Rank) -
 def recompute(model: nn.Module, data: Data, args: argparse.Namespace, me: Rank) -> None:
     """Give the norms the statistics of the whole training set, each image once."""
     noise = torch.Generator().manual_seed(args.seed * me.world + me.rank)
-    mine = torch.arange(me.rank, len(data.train_images), me.world).split(EVAL_BATCH)
-    batches = (data.train_images[chosen] for chosen in mine)
+    batches = (data.train_images[chosen] for chosen in mine(len(data.train_images), me))
     syncbn.recompute_statistics(model, batches, forward=lambda model, images: bounds(model, images, noise, me))
 
 
@@ -125,7 +125,7 @@ def evaluate(model: nn.Module, images: Tensor, args: argparse.Namespace, me: Ran
     model.eval()
     noise = torch.Generator().manual_seed(args.seed * me.world + me.rank)
     totals = torch.zeros(3, dtype=torch.float64, device=me.device)  # log-likelihood, divergence, images
-    for chosen in torch.arange(me.rank, len(images), me.world).split(EVAL_BATCH):
+    for chosen in mine(len(images), me):
         for _ in range(DRAWS):
             parts = bounds(model, images[chosen], noise, me)
             totals[:2] += torch.stack([part.double().sum() for part in parts])

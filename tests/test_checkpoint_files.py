@@ -27,7 +27,7 @@ def launch() -> Iterator[Any]:
     yield sys.modules
     assert train
     sys.path.remove(str(LAUNCH))
-    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks"):
+    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks", "score"):
         sys.modules.pop(name, None)
 
 

@@ -30,7 +30,7 @@ def train() -> Any:
 
     yield train
     sys.path.remove(str(LAUNCH))
-    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks"):
+    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks", "score"):
         sys.modules.pop(name, None)
 
 

@@ -34,7 +34,7 @@ def launched(name: str) -> Any:
 def _alone() -> Any:
     """No other test's `log` or `ranks` is taken for these."""
     yield
-    for name in ("train_sequences", "sequences", "options", "log", "ranks"):
+    for name in ("train_sequences", "sequences", "options", "log", "ranks", "score"):
         sys.modules.pop(name, None)
     sys.path[:] = [entry for entry in sys.path if entry != str(LAUNCH)]
 

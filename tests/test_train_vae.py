@@ -31,7 +31,7 @@ def launched(name: str) -> Any:
 def _alone() -> Any:
     """No other test's `data` or `ranks` is taken for these."""
     yield
-    for name in ("train_vae", "vae", "data", "options", "log", "ranks"):
+    for name in ("train_vae", "vae", "data", "options", "log", "ranks", "score"):
         sys.modules.pop(name, None)
     sys.path[:] = [entry for entry in sys.path if entry != str(LAUNCH)]
 
