@@ -218,3 +218,35 @@ def test_quickstart_forgets_an_earlier_run(installed: Path) -> None:
     assert [cells[:3] for cells in table] == [["BatchNorm", "50.00", "%"], ["SyncBatchNorm", "90.00", "%"]]
     assert "±" not in done.stdout
     assert len((installed / "out" / "quickstart.jsonl").read_text().splitlines()) == 2
+
+
+EXAMPLE = """
+import sys
+print(sys.argv[-1], "starts")
+print("progress\\n\\na table of", sys.argv[-1])
+"""
+
+
+def test_examples_end_with_their_tables(installed: Path) -> None:
+    """examples.sh runs both on 2 ranks and repeats what each printed after its progress; a failing one ends it."""
+    stamp = (
+        'echo "train,sequences $(cat pyproject.toml launch/constraints.txt | cksum)" >.venv/installed-train,sequences'
+    )
+    subprocess.run(["bash", "-c", stamp], cwd=installed, check=True)
+    calls = 'import sys\nopen("calls", "a").write(" ".join(sys.argv[1:]) + "\\n")\n'
+    (installed / "launch" / "torchrun.py").write_text(calls + EXAMPLE)
+    done = run("bash", installed / "launch" / "examples.sh")
+    both = ("launch/train_sequences.py", "launch/train_vae.py --all --png out/vae.png")
+    assert (installed / "calls").read_text().splitlines() == [
+        f"--standalone --nproc-per-node 2 {name}" for name in both
+    ]
+    assert done.stdout.splitlines()[-4:] == ["", "a table of launch/train_sequences.py", "", "a table of out/vae.png"]
+    (installed / "launch" / "torchrun.py").write_text("raise SystemExit(3)")
+    run("bash", installed / "launch" / "examples.sh", code=3)
+
+
+def test_examples_refuses_options() -> None:
+    """There are none, but --help."""
+    done = run("bash", LAUNCH / "examples.sh", "--epochs", code=2)
+    assert done.stderr.startswith("examples.sh: there is no option '--epochs'.\nusage: bash launch/examples.sh")
+    assert "usage: bash launch/examples.sh" in run("bash", LAUNCH / "examples.sh", "--help").stdout
