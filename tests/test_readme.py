@@ -87,6 +87,27 @@ def test_the_recomputed_figures_are_those_of_the_rows() -> None:
         assert f"| {name} | {before} | {after} |" in README
 
 
+def spread(rows: list[dict[str, str]], column: str, digits: int = 1, unit: float = 1) -> str:
+    values = [unit * float(row[column]) for row in rows]
+    assert len(values) == 3
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def test_the_examples_figures_are_those_of_the_rows() -> None:
+    """So are the accuracies of the recurrent net and the bounds of the autoencoder."""
+    speech, digits = (
+        list(csv.DictReader((ROOT / f"benchmarks/results/{name}-epyc-2-cores.csv").read_text().splitlines()))
+        for name in ("sequences", "vae")
+    )
+    masked, plain = (spread([r for r in speech if r["mask"] == m], "accuracy", 1, 100) for m in ("True", "False"))
+    assert f"accuracy is {masked} % with it and {plain} % without" in README
+    of = {norm: [row for row in digits if row["norm"] == norm] for norm in ("syncbn", "batch", "none")}
+    sync, batch, none = (spread(rows, "bound") for rows in of.values())
+    assert f"is {sync} nats an image with SyncBatchNorm, {batch} with BatchNorm and {none} without a norm" in README
+    again = [spread(of[norm], "recomputed_bound") for norm in ("syncbn", "batch")]
+    assert f"recomputed statistics {again[0]} and {again[1]};" in README
+
+
 def test_the_cpu_figures_are_those_of_the_rows() -> None:
     """The ratios that README gives for the layer on CPU are the extremes of the committed rows."""
     rows = list(csv.DictReader((ROOT / "benchmarks/results/layer-amd-epyc-2-cores.csv").read_text().splitlines()))
