@@ -3,7 +3,7 @@
     layer-*.csv     time of each variant over the copy's, by shape and pass; a panel per layout
     kernels-*.csv   bytes per second of each verb by its bytes, against the copy: the roofline
     wire.csv        bytes arriving at a rank per step, by world size
-    batch-size-*    accuracy of each norm by the images a rank has in a step: mean over seeds, lowest to highest
+    batch-size-*    error of each norm by the images a rank has in a step: mean over seeds, lowest to highest
 
 Every number drawn stands in the file; of a file with several settings the captions name the one drawn.
 """
@@ -119,6 +119,7 @@ def wire(rows: list[Row]) -> Any:
         chosen = [row for row in rows if row["scheme"] == scheme and row["pass"] == "step"]
         sizes = [int(row["world_size"]) for row in chosen]
         axis.plot(sizes, [int(row["ring_received"]) / 1e6 for row in chosen], "o-", label=scheme, color=colour, ms=4)
+    axis.set_yscale("log")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("ranks")
@@ -152,15 +153,17 @@ def batch_size(rows: list[Row]) -> Any:
     sizes = sorted({int(row["batch_per_rank"]) for row in rows})
     for colour, (norm, column, label, style) in zip(COLOURS[1:], lines, strict=False):
         at = [
-            [100 * float(r[column]) for r in rows if (r["norm"], r["batch_per_rank"]) == (norm, str(s))] for s in sizes
+            [100 - 100 * float(r[column]) for r in rows if (r["norm"], r["batch_per_rank"]) == (norm, str(s))]
+            for s in sizes
         ]
         means = [sum(values) / len(values) for values in at]
         axis.plot(sizes, means, style, marker="o", markersize=3, color=colour, label=label)
         axis.fill_between(sizes, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, lw=0)
+    axis.set_yscale("log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     some = rows[0]
-    axis.set(xlabel=f"images a rank, {some['ranks']} ranks", ylabel="test accuracy (%)")
+    axis.set(xlabel=f"images a rank, {some['ranks']} ranks", ylabel="test error (%)")
     axis.set_title(f"{some['data']}, {some['epochs']} epochs, {len({row['seed'] for row in rows})} seeds")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -108,6 +108,20 @@ def test_the_examples_figures_are_those_of_the_rows() -> None:
     assert f"recomputed statistics {again[0]} and {again[1]};" in README
 
 
+def test_the_batch_size_table_is_that_of_the_rows() -> None:
+    """So are the accuracies by norm and images a rank."""
+    rows = of_a("amd-epyc-2-cores", "batch-size")
+    for label, norm, column in (
+        ("SyncBatchNorm", "syncbn", "accuracy"),
+        ("BatchNorm, unsynchronized", "batch", "accuracy"),
+        ("the same, statistics recomputed", "batch", "recomputed_accuracy"),
+        ("GroupNorm", "group", "accuracy"),
+        ("InstanceNorm", "instance", "accuracy"),
+    ):
+        of = [[row for row in rows if (row["norm"], row["batch_per_rank"]) == (norm, n)] for n in "1 2 4 8 16".split()]
+        assert f"| {label} | {' | '.join(spread(some, column, 1, 100) for some in of)} |" in README
+
+
 def test_the_cpu_figures_are_those_of_the_rows() -> None:
     """The ratios that README gives for the layer on CPU are the extremes of the committed rows."""
     rows = list(csv.DictReader((ROOT / "benchmarks/results/layer-amd-epyc-2-cores.csv").read_text().splitlines()))
