@@ -114,7 +114,7 @@ def evaluate(model: nn.Module, test: Utterances, is_masked: bool, me: Rank) -> d
 def effects(model: nn.Module, test: Utterances, is_masked: bool, me: Rank) -> dict[str, float]:
     """What other padding changes at most in the loss of one of this rank's utterances, in training and evaluation."""
     exact = copy.deepcopy(model).double()
-    batch = padded(test, torch.arange(me.rank, 16 * me.world, me.world), me.device)
+    batch = padded(test, torch.arange(me.rank, len(test.labels), me.world)[:16], me.device)
     batch = batch._replace(x=batch.x.double())
     found = {}
     for mode in ("training", "evaluation"):

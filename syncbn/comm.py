@@ -251,8 +251,9 @@ def own_store(prefix: str) -> Any:
 
 
 def without_ddp(module: nn.Module) -> nn.Module:
-    """The model in a DistributedDataParallel, whose own forward sends buffers to the other ranks."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    """The model in a DistributedDataParallel, compiled or not, whose own forward sends buffers to the other ranks."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner.module if isinstance(inner, DistributedDataParallel) else module
 
 
 def active_ddp() -> DistributedDataParallel | None:

@@ -25,6 +25,7 @@ def layers_of(model: nn.Module) -> tuple[Layers, dict[str, str]]:
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         path = path_of(model, name)
+        path = name if path in layers or path in left else path
         is_frozen = "FrozenBatchNorm" in type(module).__name__
         if not (isinstance(module, _BatchNorm) or is_frozen or is_foreign_sync(module)):
             continue

@@ -141,6 +141,13 @@ def _compiled(net: nn.Module) -> nn.Module:
     return compiled
 
 
+def _compiled_ddp(net: nn.Module) -> nn.Module:
+    let_torch_warn_of_itself()
+    torch.compiler.reset()
+    compiled: nn.Module = torch.compile(DistributedDataParallel(net), backend="eager")
+    return compiled
+
+
 def _compiled_in_place(net: nn.Module) -> nn.Module:
     net.compile(backend="eager")
     _compiled(net)
@@ -152,7 +159,7 @@ def _checkpointed(net: Net) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("wrap", [_in_ddp, _compiled, _compiled_in_place, _checkpointed])
+@pytest.mark.parametrize("wrap", [_in_ddp, _compiled, _compiled_ddp, _compiled_in_place, _checkpointed])
 @pytest.mark.parametrize("synchronized", [True, False])
 def test_wrapped_models(ranks: RankPool, synchronized: bool, wrap: Callable[..., nn.Module]) -> None:
     """In DistributedDataParallel, compiled or checkpointed, one rank without data: the same bits as the bare model."""
