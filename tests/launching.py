@@ -31,6 +31,21 @@ def run(*command: str | Path, code: int = 0, **more: str) -> subprocess.Complete
     return done
 
 
+def launched(name: str) -> Any:
+    """A module of launch/, whose scripts import their neighbours by their plain names."""
+    if str(LAUNCH) not in sys.path:
+        sys.path.insert(0, str(LAUNCH))
+    return __import__(name)
+
+
+def forget_launched() -> None:
+    """So that nobody else takes one of them for a `data` or `log` of his own."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == LAUNCH:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry != str(LAUNCH)]
+
+
 def write_cifar10(folder: Path, images: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     """Files of the official format with `images` records each; returns their bytes, (images, 3073) uint8."""
     generator = torch.Generator().manual_seed(seed)

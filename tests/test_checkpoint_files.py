@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import FROM_A_LAUNCHER, LAUNCH, content, epochs_of, files, write_cifar10
+from tests.launching import FROM_A_LAUNCHER, content, epochs_of, files, forget_launched, launched, write_cifar10
 
 EPOCHS = 3
 
@@ -21,14 +21,9 @@ EPOCHS = 3
 @pytest.fixture(scope="module")
 def launch() -> Iterator[Any]:
     """The folder's modules, by their plain names."""
-    sys.path.insert(0, str(LAUNCH))
-    import train
-
+    launched("train")
     yield sys.modules
-    assert train
-    sys.path.remove(str(LAUNCH))
-    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks", "score"):
-        sys.modules.pop(name, None)
+    forget_launched()
 
 
 @pytest.fixture(scope="module")

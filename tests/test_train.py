@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.launching import FROM_A_LAUNCHER, LAUNCH, TORCHRUN, TRAIN, run, write_cifar10
+from tests.launching import FROM_A_LAUNCHER, TORCHRUN, TRAIN, forget_launched, launched, run, write_cifar10
 
 EPOCH = ("--epochs", "1", "--lr", "0.005")
 """A quarter of the rate it would take: then roundings do not grow into units that switch on in one run only, which they
@@ -24,14 +24,9 @@ Runs = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def train() -> Any:
-    """The script as a module; it imports its neighbours by their plain names."""
-    sys.path.insert(0, str(LAUNCH))
-    import train
-
-    yield train
-    sys.path.remove(str(LAUNCH))
-    for name in ("train", "checkpoint", "log", "data", "model", "options", "ranks", "score"):
-        sys.modules.pop(name, None)
+    """The script as a module."""
+    yield launched("train")
+    forget_launched()
 
 
 def call(train: ModuleType, *options: str) -> None:

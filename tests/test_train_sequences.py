@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.launching import LAUNCH, TORCHRUN, run
+from tests.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
 from tests.oracle import error
 from tests.ranks import RankPool
 
@@ -23,20 +24,10 @@ LENGTHS = ([7, 3, 5], [4, 9])
 """Of the utterances of two ranks."""
 
 
-def launched(name: str) -> Any:
-    """A module of launch/, as the scripts import their neighbours."""
-    if str(LAUNCH) not in sys.path:
-        sys.path.insert(0, str(LAUNCH))
-    return __import__(name)
-
-
 @pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """No other test's `log` or `ranks` is taken for these."""
+def _alone() -> Iterator[None]:
     yield
-    for name in ("train_sequences", "sequences", "options", "log", "ranks", "score"):
-        sys.modules.pop(name, None)
-    sys.path[:] = [entry for entry in sys.path if entry != str(LAUNCH)]
+    forget_launched()
 
 
 def utterances(lengths: list[int], seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Binomial, Normal, kl_divergence
 
-from tests.launching import LAUNCH, TORCHRUN, run
+from tests.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
 from tests.oracle import error
 from tests.ranks import RankPool
 
@@ -20,20 +21,10 @@ SHARES = ((0, 3), (3, 8))
 """Of eight images, those of each of two ranks."""
 
 
-def launched(name: str) -> Any:
-    """A module of launch/, as the scripts import their neighbours."""
-    if str(LAUNCH) not in sys.path:
-        sys.path.insert(0, str(LAUNCH))
-    return __import__(name)
-
-
 @pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """No other test's `data` or `ranks` is taken for these."""
+def _alone() -> Iterator[None]:
     yield
-    for name in ("train_vae", "vae", "data", "options", "log", "ranks", "score"):
-        sys.modules.pop(name, None)
-    sys.path[:] = [entry for entry in sys.path if entry != str(LAUNCH)]
+    forget_launched()
 
 
 def images() -> tuple[Tensor, Tensor]:
