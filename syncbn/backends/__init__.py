@@ -118,11 +118,19 @@ def name_for(x: Tensor) -> str:
     if _forced is not None:
         return _forced
     if x.device.type == "cpu":
-        return "cpu"
+        return _on_cpu()
     if x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton():
         return "gpu"
     _say_reference(x.device.type, x.dtype)
     return "reference"
+
+
+@functools.cache
+def _on_cpu() -> str:
+    """The library's, or the specification where there is none."""
+    from syncbn.backends import cpu_library
+
+    return "reference" if cpu_library.library() is None else "cpu"
 
 
 @functools.cache

@@ -1,118 +1,56 @@
-"""ATen operations, in as few passes as exactness allows; the same numbers as the reference, to rounding.
+"""The four verbs by the C library: one pass over the activations each, sums in float64, the same bits with any threads.
 
-ATen's own batch norm kernel does the affine passes; x·a + b loses |a·x|·2⁻²⁴, which would make noise of a constant
-channel, so y is made of x − mean. Its kernel for the sums of the backward is not used: it adds up in one float32 a row
-or lane, and a sum over a million values was off by 1e-5 of the largest. Every step is done on one block before the next
-is touched: fresh pages for a full-size temporary cost more than the arithmetic on it.
+Here tensors become what the library reads: activations without gaps, as planes (N, C, S) or as rows (M, C) with the
+channels innermost, all of one dtype; the channels' vectors without gaps.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype, reference
-from syncbn.backends.cpu_layout import Layout, Scratch
-from syncbn.backends.reference import MOST, activate_, moments, parameter_grads, scale_of, stamped
+from syncbn.backends import ACTIVATIONS, LEAKY_SLOPE, Epilogue, Running, compute_dtype
+from syncbn.backends.cpu_library import DTYPES, NO_MOMENTUM, Call, address, address_like, call, is_dense
+from syncbn.backends.reference import MOST
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_FLOAT64 = (torch.float64,)
 
 
 def batch_sums(x: Tensor, mask: Tensor | None, tag: float = 0.0) -> Tensor:
-    """[Σx (C), Σx² (C), count, fingerprint (2)], of sums of x − k; with a mask or of float64 added up in float64"""
-    layout = Layout(x)
-    flat, drop = layout.flatten(x), layout.flatten_mask(mask)
-    channels = x.shape[1]
-    shifted = drop is None and x.dtype != torch.float64
-    pivot = _pivot(layout, flat) if shifted else x.new_zeros(channels, dtype=torch.float64)
-    k = layout.per_channel(pivot)
-    sums = x.new_zeros(2 * channels + 3, dtype=torch.float64)
-    total, total_sq = sums[:channels], sums[channels : 2 * channels]
-    scratch = Scratch(pivot.dtype)
-    for at, part in layout.blocks():
-        block = flat[at]
-        d = torch.sub(block, k[part], out=scratch.like(block)) if shifted else scratch.like(block).copy_(block)
-        _drop_(d, drop, at)
-        total[part].add_(d.sum(layout.dims))
-        total_sq[part].add_(d.mul_(d).sum(layout.dims))
-    count = x.numel() // channels
-    sums[-3] = count if mask is None else mask.sum()
-    if shifted:
-        moved = pivot.double()
-        total_sq.addcmul_(moved, total, value=2).addcmul_(moved, moved, value=count)
-        total.add_(moved, alpha=count)
-    return stamped(sums, tag)
-
-
-def _pivot(layout: Layout, flat: Tensor) -> Tensor:
-    """k (C) near the mean: the mean of an eighth of every block.
-
-    Whatever the values, the mean of a share f of them is within σ·√(1/f − 1) of the mean of all (Cauchy–Schwarz), so
-    that Σ(x − k)² is at most 8 times Σ(x − mean)², and its rounding too; outliers cannot do worse.
-    """
-    total = flat.new_zeros(flat.shape[1], dtype=torch.float32)
-    count = 0
-    for at, part in layout.blocks():
-        block = flat[at]
-        few = block[: block.shape[0] // 8 + 1] if layout.rows else block[..., : block.shape[-1] // 8 + 1]
-        total[part].add_(few.sum(layout.dims, dtype=torch.float32))
-        count += few.numel()
-    return total.div_(max(1.0, count / flat.shape[1]))
+    """[Σx (C), Σx² (C), count, fingerprint (2)]"""
+    given = _Given(x, Epilogue(mask=mask))
+    sums = torch.empty(2 * given.channels + 3, dtype=torch.float64)
+    given.call("batch_sums", tag=tag, sums=sums.data_ptr())
+    return sums
 
 
 def normalize(
     x: Tensor, sums: Tensor, epilogue: Epilogue, eps: float, running: Running | None, tag: float = 0.0, turn: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation((x − mean)·invstd·weight + bias + residual)"""
-    mean64, var64, count = moments(sums, x.shape[1])
-    if running is not None:
-        move_running(running, mean64, var64, count)
-    dtype = compute_dtype(x.dtype)
-    mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt_().to(dtype)
-    call = _Call(x, mean, invstd, epilogue)
-    y, flat = call.layout.new_like(x)
-    scratch = Scratch(dtype)
-    for at, part in call.layout.blocks():
-        out = flat[at]
-        z = out if out.dtype == dtype else scratch.like(out)
-        activate_(call.pre_activation(at, part, z), epilogue.activation)
-        _drop_(z, call.drop, at)
-        if z is not out:
-            out.copy_(z)
-    return y, mean, invstd
-
-
-def move_running(running: Running, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """The specification's, of which an ordinary batch needs half: here its questions cost nothing but the asking."""
-    n, tracked = float(count), running.num_batches_tracked
-    if n <= 1 or running.momentum is None:
-        reference.move_running(running, mean, var, count)
-        return
-    new_mean = torch.lerp(running.mean.double(), mean, running.momentum)
-    new_var = torch.lerp(running.var.double(), var * (n / (n - 1)), running.momentum)
-    if running.skip_nonfinite:
-        largest = float(torch.maximum(new_mean.abs(), new_var).max())
-        if not largest <= min(MOST[running.mean.dtype], MOST[running.var.dtype]):  # so of NaN, too
-            reference.move_running(running, mean, var, count)
-            return
-    running.mean.copy_(new_mean)
-    running.var.copy_(new_var)
-    if tracked is not None:
-        tracked.add_(1)
+    given, wide = _Given(x, epilogue), compute_dtype(x.dtype)
+    y = torch.empty_like(given.x)
+    mean, invstd = torch.empty(given.channels, dtype=wide), torch.empty(given.channels, dtype=wide)
+    moving = None if running is None else _Moving(given, running)
+    sums_at = address("sums", sums, 2 * given.channels + 3, _FLOAT64)
+    given.call("normalize", sums=sums_at, mean=mean.data_ptr(), invstd=invstd.data_ptr(), y=y.data_ptr(), eps=eps)
+    if moving is not None:
+        moving.finish()
+    return given.as_original(y), mean, invstd
 
 
 def grad_sums(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue, tag: float = 0.0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[Σdz (C), Σdz·x̂ (C), fingerprint (2)], dweight, dbias"""
-    call = _Call(x, mean, invstd, epilogue, dy)
-    channels = x.shape[1]
-    dsums = x.new_zeros(2 * channels + 2, dtype=torch.float64)
-    sum_dz, sum_dz_xhat = dsums[:channels], dsums[channels : 2 * channels]
-    scratch = Scratch(mean.dtype)
-    for at, part in call.layout.blocks():
-        dz, block = call.dz(at, part), call.x_block(at)
-        sum_dz[part].add_(dz.sum(call.layout.dims))
-        product = torch.sub(block, call.mean[part], out=scratch.like(block)).mul_(dz)
-        sum_dz_xhat[part].add_(product.sum(call.layout.dims))
-    sum_dz_xhat *= invstd
-    return stamped(dsums, tag), *parameter_grads(sum_dz, sum_dz_xhat, epilogue)
+    given = _Given(x, epilogue, dy, mean, invstd)
+    dsums = torch.empty(2 * given.channels + 2, dtype=torch.float64)
+    grads = [None if t is None else torch.empty(given.channels, dtype=t.dtype) for t in epilogue[:2]]
+    dweight_at, dbias_at = (0 if t is None else t.data_ptr() for t in grads)
+    given.call("grad_sums", tag=tag, dsums=dsums.data_ptr(), dweight=dweight_at, dbias=dbias_at)
+    return dsums, grads[0], grads[1]
 
 
 def grad_input(
@@ -127,103 +65,121 @@ def grad_input(
     tag: float = 0.0,
     turn: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = (dz − (Σdz/count + (x − mean)·slope))·invstd·weight, slope = invstd·Σdz·x̂/count; dresidual = dz"""
-    call = _Call(x, mean, invstd, epilogue, dy)
-    dx, dx_flat = (None, None) if dsums is None else call.layout.new_like(x)
-    dresidual, dresidual_flat = call.layout.new_like(x) if needs_dresidual else (None, None)
+    """dx = (dz − Σdz/count − (x − mean)·slope)·invstd·weight, slope = invstd·Σdz·x̂/count; dresidual = dz"""
+    given = _Given(x, epilogue, dy, mean, invstd)
+    dx = dresidual = None
     if dsums is not None:
-        mean_dz, mean_dz_xhat = (dsums[:-2] / count.clamp_min(1)).chunk(2)
-        slope, mean_dz = call.per_channel(mean_dz_xhat * invstd), call.per_channel(mean_dz)
-        offset = mean_dz - slope * call.mean
-    scratch = Scratch(mean.dtype)
-    for at, part in call.layout.blocks():
-        dz = call.dz(at, part)
-        if dresidual_flat is not None:
-            dresidual_flat[at] = dz
-        if dx_flat is not None:
-            out = dx_flat[at]
-            t = out if out.dtype == mean.dtype else scratch.like(out)
-            call.affine(call.x_block(at), slope[part], offset[part], t)
-            torch.sub(dz, t, out=t).mul_(call.scale[part])
-            _drop_(t, call.drop, at)
-            if t is not out:
-                out.copy_(t)
-    return dx, dresidual
+        dx = torch.empty_like(given.x)
+        given.fields["dsums"] = address("dsums", dsums, 2 * given.channels + 2, _FLOAT64)
+        given.fields |= {"count": address("count", count, 1, _FLOAT64), "dx": dx.data_ptr()}
+    if needs_dresidual:
+        dresidual = torch.empty_like(given.x)
+        given.fields["dresidual"] = dresidual.data_ptr()
+    given.call("grad_input")
+    return None if dx is None else given.as_original(dx), None if dresidual is None else given.as_original(dresidual)
 
 
-class _Call:
-    """The tensors of one call in one layout, and what the verbs compute of a block of them."""
+class _Given:
+    """What a call is given, as the library reads it; what had to be copied for that lives as long as this.
 
-    def __init__(self, x: Tensor, mean: Tensor, invstd: Tensor, epilogue: Epilogue, dy: Tensor | None = None) -> None:
-        weight, bias, residual, mask, self.activation = epilogue
-        self.layout = Layout(x)
-        self.dtype = mean.dtype
-        self.x = self.layout.flatten(x)
-        self.dy = None if dy is None else self.layout.flatten(dy)
-        self.residual = None if residual is None else self.layout.flatten(residual)
-        self.drop = self.layout.flatten_mask(mask)
-        self.mean = self.per_channel(mean)
-        self.scale = self.per_channel(scale_of(invstd, weight))
-        self.shift = torch.zeros_like(self.mean) if bias is None else self.per_channel(bias)
-        self.zero, self.one = torch.zeros_like(mean), torch.ones_like(mean)
-        self._z, self._dz, self._x = (Scratch(self.dtype) for _ in range(3))
+    All activations lie in memory as x does and are of its dtype or, if their dtypes differ, of the one computed in.
+    """
 
-    def per_channel(self, t: Tensor) -> Tensor:
-        return self.layout.per_channel(t.to(self.dtype))
+    def __init__(
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        dy: Tensor | None = None,
+        mean: Tensor | None = None,
+        invstd: Tensor | None = None,
+    ) -> None:
+        weight, bias, residual, mask, activation = epilogue
+        dtype, self.is_rows = x.dtype, _is_rows(x)
+        if (residual is not None and residual.dtype != dtype) or (dy is not None and dy.dtype != dtype):
+            dtype = compute_dtype(dtype)
+        self.original, self.x = x, _dense(x, self.is_rows, dtype)
+        samples, self.channels = x.shape[:2]
+        positions = x.numel() // self.channels
+        sizes = (positions, self.channels, 1) if self.is_rows else (samples, self.channels, positions // samples)
+        at = address_like("input", self.x, self.x, self.is_rows)
+        self.head = self.is_rows, *sizes, DTYPES[dtype], torch.get_num_threads(), at
+        self.fields: dict[str, Any] = {"activation": ACTIVATIONS.index(activation), "leaky_slope": LEAKY_SLOPE}
+        self.copies: list[Tensor] = []
+        for name, t in (("residual", residual), ("dy", dy)):
+            if t is not None:
+                dense = self._kept(_dense(t, self.is_rows, dtype))
+                self.fields[name] = address_like(name, dense, self.x, self.is_rows)
+        if mask is not None:
+            self.fields["mask"] = address("mask", self._kept(_side_by_side(mask)), positions, (torch.bool,))
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None:
+                self.add(name, self._kept(_side_by_side(t)))
+        if mean is not None and invstd is not None:
+            dtypes = (compute_dtype(x.dtype),)
+            self.fields["mean"] = address("mean", mean, self.channels, dtypes)
+            self.fields["invstd"] = address("invstd", invstd, self.channels, dtypes)
 
-    def affine(self, block: Tensor, factor: Tensor, offset: Tensor, out: Tensor) -> None:
-        """out = block·factor + offset, in one pass; all of the compute dtype"""
-        four = self.layout.four
-        zero, one = (t[: factor.numel()] for t in (self.zero, self.one))
-        torch.ops.aten.native_batch_norm.out(
-            four(block), factor.view(-1), offset.view(-1), zero, one, False, 0.0, 0.0,
-            out=four(out), save_mean=one.new_empty(0), save_invstd=one.new_empty(0),
-        )  # fmt: skip
+    def add(self, name: str, t: Tensor) -> None:
+        """A vector of any dtype, in two fields."""
+        self.fields[name], self.fields[f"{name}_dtype"] = address(name, t, self.channels), DTYPES[t.dtype]
 
-    def x_block(self, at: tuple[slice, ...]) -> Tensor:
-        """A block of x in the compute dtype, 0 where masked out."""
-        block = self.x[at]
-        if self.drop is None and block.dtype == self.dtype:
-            return block
-        copy = self._x.like(block).copy_(block)
-        _drop_(copy, self.drop, at)
-        return copy
+    def call(self, verb: str, **fields: Any) -> None:
+        call(verb, Call(*self.head, **self.fields, **fields))
 
-    def pre_activation(self, at: tuple[slice, ...], part: slice, out: Tensor) -> Tensor:
-        """z"""
-        z = torch.sub(self.x[at], self.mean[part], out=out)
-        if self.activation is None:
-            self.affine(z, self.scale[part], self.shift[part], z)
-        else:  # whose backward must round z alike, in other blocks: elementwise operations do
-            z.mul_(self.scale[part]).add_(self.shift[part])
-        return z if self.residual is None else z.add_(self.residual[at])
+    def as_original(self, t: Tensor) -> Tensor:
+        """A result that lies as self.x does, in the dtype and memory format of the input as it was given."""
+        if self.x is self.original:
+            return t
+        like = torch.empty_like(self.original)
+        return t if t.dtype == like.dtype and t.stride() == like.stride() else like.copy_(t)
 
-    def dz(self, at: tuple[slice, ...], part: slice) -> Tensor:
-        """dy·activation′(z), 0 where masked out; dy itself where that is the same."""
-        assert self.dy is not None, "only the backward verbs ask for dz"
-        dy = self.dy[at]
-        if self.activation is None and self.drop is None and dy.dtype == self.dtype:
-            return dy
-        dz = self._dz.like(dy).copy_(dy)
-        if self.activation is not None:
-            z = self.pre_activation(at, part, self._z.like(dy))
-            _activation_grad_(dz, z, self.activation)
-        _drop_(dz, self.drop, at)
-        return dz
+    def _kept(self, t: Tensor) -> Tensor:
+        self.copies.append(t)
+        return t
 
 
-def _activation_grad_(dz: Tensor, z: Tensor, activation: str) -> None:
-    """dz ← dz·activation′(z)"""
-    aten = torch.ops.aten
-    if activation == "relu":
-        aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
-    elif activation == "leaky_relu":
-        aten.leaky_relu_backward.grad_input(dz, z, LEAKY_SLOPE, False, grad_input=dz)
-    else:
-        aten.silu_backward.grad_input(dz, z, grad_input=dz)
+class _Moving:
+    """The running statistics of a call: moved by the library where it can write them, else in copies of them."""
+
+    def __init__(self, given: _Given, running: Running) -> None:
+        self.running = running
+        self.mean, self.var = _side_by_side(running.mean), _side_by_side(running.var)
+        given.add("running_mean", self.mean)
+        given.add("running_var", self.var)
+        momentum, counter, fields = running.momentum, running.num_batches_tracked, given.fields
+        self.counter = None if counter is None else _side_by_side(counter.to(torch.int64))
+        fields["counter"] = address("num_batches_tracked", self.counter, 1, (torch.int64,))
+        fields["momentum"] = NO_MOMENTUM if momentum is None else momentum
+        if running.skip_nonfinite:
+            fields["most"] = min(MOST[running.mean.dtype], MOST[running.var.dtype])
+
+    def finish(self) -> None:
+        """Into the buffers, of which autograd is to know that they have changed."""
+        mean, var, counter = self.running[:3]
+        for moved, buffer in ((self.mean, mean), (self.var, var), (self.counter, counter)):
+            if moved is buffer and buffer is not None:
+                increment_version(buffer)
+            elif moved is not None and buffer is not None:
+                buffer.copy_(moved)
 
 
-def _drop_(t: Tensor, drop: Tensor | None, at: tuple[slice, ...]) -> None:
-    """t ← 0 where left out; a fill, since 0·NaN is NaN."""
-    if drop is not None:
-        t.masked_fill_(drop[at[0]] if len(at) == 2 else drop[at[0], :, at[2]], 0)
+def _is_rows(x: Tensor) -> bool:
+    """Whether the channels are innermost in memory, or may as well be."""
+    if x.ndim == 2:
+        return True
+    return x.stride(1) == 1 if not x.is_contiguous() else x.numel() == x.shape[0] * x.shape[1]
+
+
+def _dense(t: Tensor, is_rows: bool, dtype: torch.dtype) -> Tensor:
+    """t itself if the library can read it, else a copy."""
+    t = t.to(dtype)
+    if not is_dense(t, is_rows):
+        t = t.movedim(1, -1).contiguous().movedim(-1, 1) if is_rows else t.contiguous()
+    return t.clone() if t.data_ptr() % t.itemsize else t
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """t itself if the library can read and write it, else a copy."""
+    if type(t) in _ORDINARY and t.is_contiguous() and not t.is_neg() and not t.data_ptr() % t.itemsize:
+        return t
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t)

@@ -1,0 +1,186 @@
+"""The C library that serves the CPU: found, checked and called. It is made by native/compiling.py.
+
+`SYNCBN_CPU` chooses: `native` insists on it, `torch` does without; by default it serves where it is there, and plain
+torch operations where it is not, with the same numbers to rounding.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import struct
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.backends.native import compiling
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NO_MOMENTUM = float("nan")
+"""The cumulative average, 1/counter."""
+HOW = "Where there is a C compiler, 'python -m syncbn.backends.native' makes it, as an installation does"
+VERBS = ("batch_sums", "normalize", "grad_sums", "grad_input")
+ANY_LEVEL = 9
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+Verb = Callable[[bytes], int]
+
+
+class Call(NamedTuple):
+    """`Call` of native/call.h, field by field: numbers, and addresses of what is as it says there; 0 is none."""
+
+    is_rows: int
+    samples: int
+    channels: int
+    pixels: int
+    dtype: int
+    threads: int
+    x: int
+    mask: int = 0
+    tag: float = 0.0
+    sums: int = 0
+    weight: int = 0
+    weight_dtype: int = 0
+    bias: int = 0
+    bias_dtype: int = 0
+    mean: int = 0
+    invstd: int = 0
+    activation: int = 0
+    leaky_slope: float = 0.0
+    residual: int = 0
+    y: int = 0
+    eps: float = 0.0
+    running_mean: int = 0
+    running_mean_dtype: int = 0
+    running_var: int = 0
+    running_var_dtype: int = 0
+    counter: int = 0
+    momentum: float = 0.0
+    most: float = 0.0
+    dy: int = 0
+    dsums: int = 0
+    count: int = 0
+    dweight: int = 0
+    dbias: int = 0
+    dx: int = 0
+    dresidual: int = 0
+
+
+_PACKED = struct.Struct("".join("d" if kind is float else "q" for kind in Call.__annotations__.values()))
+
+
+class Library:
+    """The four verbs of a library that was made of the C files that are here now.
+
+    Raises:
+        OSError: if it is not there, cannot be loaded or is another one, with why.
+    """
+
+    def __init__(self, path: Path = compiling.LIBRARY) -> None:
+        if not path.exists():
+            raise OSError(f"{path.name} is not there")
+        handle = ctypes.CDLL(str(path))
+        try:
+            fields, source = (_text(handle, name) for name in ("syncbn_fields", "syncbn_source"))
+            self.verbs = {name: _verb(handle, f"syncbn_{name}") for name in VERBS}
+            self.use_level: Callable[[int], int] = handle.syncbn_use_level
+            self.has_threads = bool(handle.syncbn_has_threads())
+        except AttributeError as error:
+            raise OSError(f"{path.name} is another library: {error}") from None
+        if fields.split() != list(Call._fields) or source != compiling.source():
+            raise OSError(f"{path.name} was made of other C files than those that are here")
+        self.level = self.use_level(ANY_LEVEL)
+        """Of x86-64, as 3 or 4; 0 is what any processor has."""
+
+
+    def __str__(self) -> str:
+        level = f"x86-64-v{self.level}" if self.level else platform.machine()
+        return f"native code for {level}, {'OpenMP' if self.has_threads else 'one thread'}"
+
+
+def _text(handle: ctypes.CDLL, name: str) -> str:
+    function = getattr(handle, name)
+    function.restype = ctypes.c_char_p
+    value: bytes = function()
+    return value.decode()
+
+
+def _verb(handle: ctypes.CDLL, name: str) -> Verb:
+    function: Verb = getattr(handle, name)
+    function.argtypes = [ctypes.c_char_p]  # type: ignore[attr-defined]  # a foreign function has it
+    return function
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, or None where plain torch operations serve; loaded once.
+
+    Raises:
+        RuntimeError: if `SYNCBN_CPU=native` insists on what is not there.
+        ValueError: if `SYNCBN_CPU` is something else than native or torch.
+    """
+    chosen = os.environ.get("SYNCBN_CPU", "")
+    if chosen not in ("", "native", "torch"):
+        raise ValueError(f"SYNCBN_CPU must be native or torch, or not be set; got {chosen!r}. Unset it.")
+    log = logging.getLogger("syncbn")
+    if chosen == "torch":
+        log.debug("CPU tensors take plain torch operations: SYNCBN_CPU is torch")
+        return None
+    try:
+        found = Library()
+    except OSError as error:
+        if chosen == "native":
+            raise RuntimeError(f"SYNCBN_CPU=native needs the CPU library, but {error}. {HOW}.") from error
+        log.debug("CPU tensors take plain torch operations, which are slower: %s. %s", error, HOW)
+        return None
+    log.debug("CPU tensors are served by %s", found)
+    return found
+
+
+def call(verb: str, given: Call) -> None:
+    """Have the library do it; other Python threads run meanwhile."""
+    found = library()
+    if found is None:
+        raise RuntimeError(f"There is no CPU library here that could be forced to serve. {HOW}.")
+    if found.verbs[verb](_PACKED.pack(*given)):
+        raise MemoryError("There is no memory for the partial sums of a batch norm.")
+
+
+def address(name: str, t: Tensor | None, size: int, dtypes: Collection[torch.dtype] = DTYPES) -> int:
+    """Of so many numbers side by side on the CPU, of one of these dtypes; 0 of none.
+
+    This and `address_like` check every address that the library is given, but those of what was just allocated.
+    """
+    if t is None:
+        return 0
+    at = t.data_ptr()
+    if t.numel() != size or t.dtype not in dtypes or not (t.is_cpu and t.is_contiguous()) or at % t.itemsize:
+        raise _mistake(name, t, f"{size} numbers side by side")
+    return at
+
+
+def address_like(name: str, t: Tensor, x: Tensor, is_rows: bool) -> int:
+    """Of an activation of x's shape and dtype that lies in memory as x does: as rows or planes, without gaps."""
+    at = t.data_ptr()
+    if t.dtype != x.dtype or t.shape != x.shape or not (t.is_cpu and is_dense(t, is_rows)) or at % t.itemsize:
+        raise _mistake(name, t, f"{'rows' if is_rows else 'planes'} without gaps, {tuple(x.shape)} of {x.dtype}")
+    return at
+
+
+def is_dense(t: Tensor, is_rows: bool) -> bool:
+    """Whether t (N, C, *S) has no gaps, with the channels innermost or in its order of dimensions."""
+    if not is_rows or t.ndim == 2:
+        return t.is_contiguous()
+    memory_format = _CHANNELS_LAST.get(t.ndim)
+    return t.movedim(1, -1).is_contiguous() if memory_format is None else t.is_contiguous(memory_format=memory_format)
+
+
+def _mistake(name: str, t: Tensor, wanted: str) -> RuntimeError:
+    """What fails there is not the user's fault."""
+    return RuntimeError(
+        f"The CPU library takes {wanted}, for {name}; got shape {tuple(t.shape)}, strides {t.stride()}, {t.dtype} on "
+        f"{t.device}. This is a mistake of syncbn: please report it; SYNCBN_CPU=torch does without the library."
+    )
