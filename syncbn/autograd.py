@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
 from syncbn import calls, composed, recompute
@@ -61,6 +62,8 @@ class NormalizeBatch(torch.autograd.Function):
             (sums, _, call), are_new = recompute.taken_once(take, x.shape[1], options.recorded)
             running, mark = (options.running, calls.mark_of(call)) if are_new else (None, calls.NO_MARK)
             y, mean, invstd = backend.normalize(x, sums, epilogue, options.eps, running, *mark)
+        if running is not None:
+            changed(*running[:3])
         ctx.options, ctx.backend, ctx.call = options, backend, call
         kept = residual if options.activation is not None else None  # only z's sign or value needs it again
         ctx.save_for_backward(x, weight, bias, kept, mask, mean, invstd, sums)
@@ -73,6 +76,11 @@ class NormalizeBatch(torch.autograd.Function):
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
         grads = gradients(dy, x, epilogue, statistics, options.eps, ctx.call, ctx.backend, needed)
         return *grads, None, None
+
+
+def changed(*buffers: Tensor | None) -> None:
+    """Tell autograd so: a graph that saved a running statistic is not to be run with another, silently."""
+    increment_version([t for t in buffers if t is not None])
 
 
 def gradients(

@@ -1,4 +1,4 @@
-"""The steps of autograd.py for calls that are all alike, on a GPU: what it works out for each is laid out once, here.
+"""The steps of autograd.py for calls that are all alike: what it works out for each of them is laid out once, here.
 
 A small layer takes as long as its Python does. A call is alike if all its tensors have the shapes, strides, dtypes and
 device of an earlier one's: so it was checked, and it is launched directly once its kernels are compiled. What is
@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn import calls, recompute
-from syncbn.autograd import gradients
+from syncbn.autograd import changed, gradients
 from syncbn.backends import Epilogue, Running, name_for, select
 from syncbn.backends.recent import Recent
 from syncbn.names import BACKWARD, FORWARD, Call, Label
 
 if TYPE_CHECKING:
-    from syncbn.backends.gpu_direct import Launches
+    from syncbn.backends.cpu_direct import Launches as CpuLaunches
+    from syncbn.backends.cpu_direct import Work
+    from syncbn.backends.gpu_direct import Launches as GpuLaunches
     from syncbn.backends.gpu_workspace import Workspace
 
 MOST_CALLS = 4096
@@ -35,7 +37,7 @@ Kinds = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | No
 class Kind:
     """What calls that are alike share."""
 
-    def __init__(self, x: Tensor, epilogue: Epilogue, launches: "Launches") -> None:
+    def __init__(self, x: Tensor, epilogue: Epilogue, launches: "GpuLaunches | CpuLaunches") -> None:
         self.activation, self.launches, self.channels = epilogue.activation, launches, x.shape[1]
         residual = epilogue.residual if epilogue.activation is not None else None
         like_y = x.shape, launches.strides, x.dtype, x.device
@@ -67,7 +69,7 @@ class NormalizeDirectly(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         kind: Kind,
-        now: tuple["Workspace", ProcessGroup | None, Label, float, tuple[float, ...], tuple[int | None, ...]],
+        now: tuple["Workspace | Work", ProcessGroup | None, Label, float, tuple[float, ...], tuple[int | None, ...]],
     ) -> Tensor:
         work, group, label, eps, floats, addresses = now
         launches = kind.launches
@@ -147,7 +149,7 @@ def normalize(
     mean, var, tracked, momentum, skip_nonfinite = statistics
     owned = weight, bias, mean, var, tracked
     kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
-    if kind is None or momentum is None or name_for(x) != "gpu":
+    if kind is None or momentum is None:
         return None
     if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
         return None
@@ -166,31 +168,44 @@ def normalize(
         return None
     now = (work, group, label, eps, launches.halves(eps, momentum), addresses)
     y: Tensor = _apply(x, weight, bias, residual, kind, now)  # type: ignore[no-untyped-call]  # torch's own
+    changed(mean, var, tracked)
     return y
 
 
 def remember(x: Tensor, epilogue: Epilogue, running: Running | None) -> None:
     """Know calls like this one, which was checked, from now on."""
-    if name_for(x) != "gpu" or (running is not None and running.momentum is None):
+    name = name_for(x)
+    if name == "reference" or (running is not None and running.momentum is None):
         return
     weight, bias, residual, _, activation = epilogue
     *buffers, _, skip_nonfinite = (None, None, None, None, True) if running is None else running
     key = _key(activation, skip_nonfinite, x, residual, weight, bias, *buffers)
     if key is None or key in _calls:
         return
-    from syncbn.backends import gpu_direct, gpu_workspace
+    from syncbn.backends import gpu_workspace
 
     if not gpu_workspace.is_capturing(x.device):  # else what is allocated for it were the graph's
-        launches = gpu_direct.launches_for(x, epilogue, running)
+        launches = _direct(name).launches_for(x, epilogue, running)
         _calls.put(key, None if launches is None else Kind(x, epilogue, launches))
 
 
-def _key(activation: str | None, skip_nonfinite: bool, *tensors: Tensor | None) -> Hashable:
+def _direct(name: str) -> Any:
+    """The back-end's launches, imported on first use."""
+    if name == "gpu":
+        from syncbn.backends import gpu_direct
+
+        return gpu_direct
+    from syncbn.backends import cpu_direct
+
+    return cpu_direct
+
+
+def _key(activation: str | None, skip_nonfinite: bool, x: Tensor, *tensors: Tensor | None) -> Hashable:
     """Of what is alike; None for what is no tensor or has no strides."""
     if not (activation is None or type(activation) is str):
         return None
     try:
-        return activation, skip_nonfinite, _kinds(*tensors)
+        return name_for(x), activation, skip_nonfinite, _kinds(x, *tensors)
     except (AttributeError, RuntimeError):
         return None
 

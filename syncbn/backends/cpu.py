@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from syncbn.backends import ACTIVATIONS, LEAKY_SLOPE, Epilogue, Running, compute_dtype
-from syncbn.backends.cpu_library import DTYPES, NO_MOMENTUM, Call, address, address_like, call, is_dense
+from syncbn.backends.cpu_library import (
+    DTYPES,
+    NO_MOMENTUM,
+    Alike,
+    Own,
+    address,
+    address_like,
+    is_dense,
+    pack_alike,
+    pack_own,
+    verb,
+)
 from syncbn.backends.reference import MOST
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -33,11 +43,13 @@ def normalize(
     given, wide = _Given(x, epilogue), compute_dtype(x.dtype)
     y = torch.empty_like(given.x)
     mean, invstd = torch.empty(given.channels, dtype=wide), torch.empty(given.channels, dtype=wide)
-    moving = None if running is None else _Moving(given, running)
+    written = None if running is None else given.move(running)
     sums_at = address("sums", sums, 2 * given.channels + 3, _FLOAT64)
     given.call("normalize", sums=sums_at, mean=mean.data_ptr(), invstd=invstd.data_ptr(), y=y.data_ptr(), eps=eps)
-    if moving is not None:
-        moving.finish()
+    if running is not None and written is not None:
+        for buffer, moved in zip(running[:3], written, strict=True):
+            if moved is not buffer and buffer is not None:
+                buffer.copy_(moved)
     return given.as_original(y), mean, invstd
 
 
@@ -70,13 +82,22 @@ def grad_input(
     dx = dresidual = None
     if dsums is not None:
         dx = torch.empty_like(given.x)
-        given.fields["dsums"] = address("dsums", dsums, 2 * given.channels + 2, _FLOAT64)
-        given.fields |= {"count": address("count", count, 1, _FLOAT64), "dx": dx.data_ptr()}
+        given.own["dsums"] = address("dsums", dsums, 2 * given.channels + 2, _FLOAT64)
+        given.own |= {"count": address("count", count, 1, _FLOAT64), "dx": dx.data_ptr()}
     if needs_dresidual:
         dresidual = torch.empty_like(given.x)
-        given.fields["dresidual"] = dresidual.data_ptr()
+        given.own["dresidual"] = dresidual.data_ptr()
     given.call("grad_input")
     return None if dx is None else given.as_original(dx), None if dresidual is None else given.as_original(dresidual)
+
+
+def alike(x: Tensor, epilogue: Epilogue, running: Running | None) -> Alike:
+    """What calls with tensors like these share; x is readable."""
+    (samples, channels), positions = x.shape[:2], x.numel() // x.shape[1]
+    sizes = (1, positions, channels, 1) if is_rows(x) else (0, samples, channels, positions // max(1, samples))
+    dtypes = [0 if t is None else DTYPES[t.dtype] for t in (*epilogue[:2], *(running or (None, None))[:2])]
+    most = min(MOST[running.mean.dtype], MOST[running.var.dtype]) if running and running.skip_nonfinite else 0.0
+    return Alike(*sizes, DTYPES[x.dtype], ACTIVATIONS.index(epilogue.activation), LEAKY_SLOPE, *dtypes, most)
 
 
 class _Given:
@@ -93,38 +114,43 @@ class _Given:
         mean: Tensor | None = None,
         invstd: Tensor | None = None,
     ) -> None:
-        weight, bias, residual, mask, activation = epilogue
-        dtype, self.is_rows = x.dtype, _is_rows(x)
+        self.original, self.epilogue, self.running, self.channels = x, epilogue, None, x.shape[1]
+        weight, bias, residual, mask, _ = epilogue
+        dtype = x.dtype
         if (residual is not None and residual.dtype != dtype) or (dy is not None and dy.dtype != dtype):
             dtype = compute_dtype(dtype)
-        self.original, self.x = x, _dense(x, self.is_rows, dtype)
-        samples, self.channels = x.shape[:2]
-        positions = x.numel() // self.channels
-        sizes = (positions, self.channels, 1) if self.is_rows else (samples, self.channels, positions // samples)
-        at = address_like("input", self.x, self.x, self.is_rows)
-        self.head = self.is_rows, *sizes, DTYPES[dtype], torch.get_num_threads(), at
-        self.fields: dict[str, Any] = {"activation": ACTIVATIONS.index(activation), "leaky_slope": LEAKY_SLOPE}
+        self.x = x = _readable(x, x, dtype)
+        self.own: dict[str, Any] = {"x": address_like("input", x, x, is_rows(x))}
         self.copies: list[Tensor] = []
         for name, t in (("residual", residual), ("dy", dy)):
             if t is not None:
-                dense = self._kept(_dense(t, self.is_rows, dtype))
-                self.fields[name] = address_like(name, dense, self.x, self.is_rows)
+                self.own[name] = address_like(name, self._kept(_readable(t, x, dtype)), x, is_rows(x))
         if mask is not None:
-            self.fields["mask"] = address("mask", self._kept(_side_by_side(mask)), positions, (torch.bool,))
+            flat = self._kept(_side_by_side(mask))
+            self.own["mask"] = address("mask", flat, x.numel() // self.channels, (torch.bool,))
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None:
-                self.add(name, self._kept(_side_by_side(t)))
+                self.own[name] = address(name, self._kept(_side_by_side(t)), self.channels)
         if mean is not None and invstd is not None:
-            dtypes = (compute_dtype(x.dtype),)
-            self.fields["mean"] = address("mean", mean, self.channels, dtypes)
-            self.fields["invstd"] = address("invstd", invstd, self.channels, dtypes)
+            wide = (compute_dtype(dtype),)
+            self.own["mean"] = address("mean", mean, self.channels, wide)
+            self.own["invstd"] = address("invstd", invstd, self.channels, wide)
 
-    def add(self, name: str, t: Tensor) -> None:
-        """A vector of any dtype, in two fields."""
-        self.fields[name], self.fields[f"{name}_dtype"] = address(name, t, self.channels), DTYPES[t.dtype]
+    def move(self, running: Running) -> list[Tensor | None]:
+        """Have the running statistics moved, by the library itself or in the copies that this gives."""
+        self.running = running
+        mean, var, counter, momentum, _ = running
+        counter = None if counter is None else _side_by_side(counter.to(torch.int64))
+        written = [_side_by_side(mean), _side_by_side(var), counter]
+        self.own["running_mean"] = address("running_mean", written[0], self.channels)
+        self.own["running_var"] = address("running_var", written[1], self.channels)
+        self.own["counter"] = address("num_batches_tracked", counter, 1, (torch.int64,))
+        self.own["momentum"] = NO_MOMENTUM if momentum is None else momentum
+        return written
 
-    def call(self, verb: str, **fields: Any) -> None:
-        call(verb, Call(*self.head, **self.fields, **fields))
+    def call(self, name: str, **own: Any) -> None:
+        shared = pack_alike(*alike(self.x, self.epilogue, self.running))
+        verb(name)(shared + pack_own(*Own(torch.get_num_threads(), **self.own, **own)))
 
     def as_original(self, t: Tensor) -> Tensor:
         """A result that lies as self.x does, in the dtype and memory format of the input as it was given."""
@@ -138,48 +164,32 @@ class _Given:
         return t
 
 
-class _Moving:
-    """The running statistics of a call: moved by the library where it can write them, else in copies of them."""
-
-    def __init__(self, given: _Given, running: Running) -> None:
-        self.running = running
-        self.mean, self.var = _side_by_side(running.mean), _side_by_side(running.var)
-        given.add("running_mean", self.mean)
-        given.add("running_var", self.var)
-        momentum, counter, fields = running.momentum, running.num_batches_tracked, given.fields
-        self.counter = None if counter is None else _side_by_side(counter.to(torch.int64))
-        fields["counter"] = address("num_batches_tracked", self.counter, 1, (torch.int64,))
-        fields["momentum"] = NO_MOMENTUM if momentum is None else momentum
-        if running.skip_nonfinite:
-            fields["most"] = min(MOST[running.mean.dtype], MOST[running.var.dtype])
-
-    def finish(self) -> None:
-        """Into the buffers, of which autograd is to know that they have changed."""
-        mean, var, counter = self.running[:3]
-        for moved, buffer in ((self.mean, mean), (self.var, var), (self.counter, counter)):
-            if moved is buffer and buffer is not None:
-                increment_version(buffer)
-            elif moved is not None and buffer is not None:
-                buffer.copy_(moved)
-
-
-def _is_rows(x: Tensor) -> bool:
+def is_rows(x: Tensor) -> bool:
     """Whether the channels are innermost in memory, or may as well be."""
     if x.ndim == 2:
         return True
-    return x.stride(1) == 1 if not x.is_contiguous() else x.numel() == x.shape[0] * x.shape[1]
+    return x.numel() == x.shape[0] * x.shape[1] if x.is_contiguous() else x.stride(1) == 1
 
 
-def _dense(t: Tensor, is_rows: bool, dtype: torch.dtype) -> Tensor:
-    """t itself if the library can read it, else a copy."""
+def is_readable(t: Tensor, x: Tensor) -> bool:
+    """Whether the library can read an activation as it lies, along with x."""
+    return is_dense(t, is_rows(x)) and not t.data_ptr() % t.itemsize
+
+
+def is_side_by_side(t: Tensor) -> bool:
+    """Whether the library can read and write a vector as it lies."""
+    return type(t) in _ORDINARY and t.is_contiguous() and not t.is_neg() and not t.data_ptr() % t.itemsize
+
+
+def _readable(t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """t itself, or a copy."""
     t = t.to(dtype)
-    if not is_dense(t, is_rows):
-        t = t.movedim(1, -1).contiguous().movedim(-1, 1) if is_rows else t.contiguous()
+    if is_readable(t, x):
+        return t
+    t = t.movedim(1, -1).contiguous().movedim(-1, 1) if is_rows(x) else t.contiguous()
     return t.clone() if t.data_ptr() % t.itemsize else t
 
 
 def _side_by_side(t: Tensor) -> Tensor:
-    """t itself if the library can read and write it, else a copy."""
-    if type(t) in _ORDINARY and t.is_contiguous() and not t.is_neg() and not t.data_ptr() % t.itemsize:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+    """t itself, or a copy."""
+    return t if is_side_by_side(t) else torch.empty(t.shape, dtype=t.dtype).copy_(t)

@@ -12,7 +12,7 @@ import platform
 import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,37 +29,42 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Verb = Callable[[bytes], int]
 
 
-class Call(NamedTuple):
-    """`Call` of native/call.h, field by field: numbers, and addresses of what is as it says there; 0 is none."""
+class Alike(NamedTuple):
+    """The first fields of `Call` in native/call.h, which calls that are alike share."""
 
     is_rows: int
     samples: int
     channels: int
     pixels: int
     dtype: int
-    threads: int
-    x: int
-    mask: int = 0
-    tag: float = 0.0
-    sums: int = 0
-    weight: int = 0
+    activation: int
+    leaky_slope: float
     weight_dtype: int = 0
-    bias: int = 0
     bias_dtype: int = 0
+    running_mean_dtype: int = 0
+    running_var_dtype: int = 0
+    most: float = 0.0
+
+
+class Own(NamedTuple):
+    """Its other fields: numbers, and addresses of what is as it says there; 0 is none."""
+
+    threads: int
+    tag: float = 0.0
+    x: int = 0
+    residual: int = 0
+    mask: int = 0
+    weight: int = 0
+    bias: int = 0
     mean: int = 0
     invstd: int = 0
-    activation: int = 0
-    leaky_slope: float = 0.0
-    residual: int = 0
+    sums: int = 0
     y: int = 0
-    eps: float = 0.0
     running_mean: int = 0
-    running_mean_dtype: int = 0
     running_var: int = 0
-    running_var_dtype: int = 0
     counter: int = 0
+    eps: float = 0.0
     momentum: float = 0.0
-    most: float = 0.0
     dy: int = 0
     dsums: int = 0
     count: int = 0
@@ -69,7 +74,11 @@ class Call(NamedTuple):
     dresidual: int = 0
 
 
-_PACKED = struct.Struct("".join("d" if kind is float else "q" for kind in Call.__annotations__.values()))
+def _packing(fields: Any) -> Callable[..., bytes]:
+    return struct.Struct("".join("d" if kind is float else "q" for kind in fields.__annotations__.values())).pack
+
+
+pack_alike, pack_own = _packing(Alike), _packing(Own)
 
 
 class Library:
@@ -90,7 +99,7 @@ class Library:
             self.has_threads = bool(handle.syncbn_has_threads())
         except AttributeError as error:
             raise OSError(f"{path.name} is another library: {error}") from None
-        if fields.split() != list(Call._fields) or source != compiling.source():
+        if fields.split() != [*Alike._fields, *Own._fields] or source != compiling.source():
             raise OSError(f"{path.name} was made of other C files than those that are here")
         self.level = self.use_level(ANY_LEVEL)
         """Of x86-64, as 3 or 4; 0 is what any processor has."""
@@ -140,13 +149,18 @@ def library() -> Library | None:
     return found
 
 
-def call(verb: str, given: Call) -> None:
-    """Have the library do it; other Python threads run meanwhile."""
+def verb(name: str) -> Callable[[bytes], None]:
+    """One of the library's, which takes the fields of `Call`; other Python threads run while it does."""
     found = library()
     if found is None:
         raise RuntimeError(f"There is no CPU library here that could be forced to serve. {HOW}.")
-    if found.verbs[verb](_PACKED.pack(*given)):
-        raise MemoryError("There is no memory for the partial sums of a batch norm.")
+    run = found.verbs[name]
+
+    def checked(fields: bytes) -> None:
+        if run(fields):
+            raise MemoryError("There is no memory for the partial sums of a batch norm.")
+
+    return checked
 
 
 def address(name: str, t: Tensor | None, size: int, dtypes: Collection[torch.dtype] = DTYPES) -> int:

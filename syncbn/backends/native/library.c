@@ -8,7 +8,7 @@
 
 extern const Verbs verbs_base;
 #ifdef WITH_LEVELS
-extern const Verbs verbs_v3, verbs_v4;
+extern const Verbs verbs_v3;
 #endif
 
 static const Verbs* verbs = &verbs_base;
@@ -26,10 +26,7 @@ int syncbn_use_level(int most) {
 #ifdef WITH_LEVELS
     __builtin_cpu_init();
     int has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    int has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (has_v3 && most >= 3) verbs = &verbs_v3, level = 3;
-    if (has_v4 && most >= 4) verbs = &verbs_v4, level = 4;
 #endif
     (void)most;
     return level;

@@ -1,4 +1,4 @@
-/* Half-precision numbers, which are computed with as float32, and the numbers of a channel's vector. */
+/* Half-precision numbers, one by one: those of a channel's vector, and where there is no instruction for several. */
 #pragma once
 #include <string.h>
 
@@ -30,8 +30,8 @@ INLINE u16 to_bfloat16(float value) {
     return value != value ? 0x7fc0 : (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* Exponent and mantissa move up 13 places and the exponent's bias grows by 112, infinity's by as much again. A subnormal
-   is what its bits exceed those of the smallest normal number by, 2^-14. */
+/* Exponent and mantissa move up 13 places and the exponent's bias grows by 112, that of infinity by as much again. A
+   subnormal is what the number made of its bits and the exponent of 2^-14 has beyond 2^-14. */
 INLINE float from_float16(u16 half) {
     u32 low = (u32)(half & 0x7fff) << 13, exponent = low & 0x0f800000;
     u32 normal = low + (112u << 23) + (exponent == 0x0f800000 ? 112u << 23 : 0);
@@ -39,7 +39,7 @@ INLINE float from_float16(u16 half) {
     return float_of((exponent == 0 ? subnormal : normal) | (u32)(half & 0x8000) << 16);
 }
 
-/* To the nearest, ties to even: for what is subnormal, the addition of 0.5 rounds at 2^-24, its last place. */
+/* To the nearest, ties to even; what is subnormal is rounded by adding 0.5, of which 2^-24 is the last place. */
 INLINE u16 to_float16(float value) {
     u32 bits = bits_of(value), sign = bits & 0x80000000, size = bits ^ sign;
     u32 normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;

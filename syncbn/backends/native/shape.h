@@ -5,7 +5,9 @@
 
 enum {
     LANES = 16,           /* partial sums of a line, side by side */
+    RUN = 32,             /* numbers that are added up in float32 before they go on in float64 */
     BLOCK = 2048,         /* elements of a block, three of which are kept in the first-level cache */
+    SHORT = 8,            /* numbers of the longest vector: shorter lines are made as long, in scratch */
     MOST_LINES = 64,      /* channels of a block of planes */
     SUM_COLUMNS = 64,     /* channels of a block of rows, where they are added up: the more rows the better, */
     WIDE_COLUMNS = 256,   /* but not so many that their addresses fall on few cache lines */
@@ -40,7 +42,7 @@ static inline Shape shape_of(const Call* call, int is_sum) {
         if (s.width < NARROW && !call->mask) s.width *= NARROW / s.width;
         i64 columns = is_sum ? at_least(SUM_COLUMNS, at_most(WIDE_COLUMNS, s.width / 8)) : MOST_COLUMNS;
         s.per_block = at_most(columns, s.width);
-        s.rows = BLOCK / s.per_block;
+        s.rows = BLOCK / at_least(SHORT, s.per_block);
         s.pieces = 1;
         s.units = s.elements / s.width / s.rows + 2; /* of whole rows, then what is left: fewer rows, a part of one */
     } else {

@@ -1,11 +1,12 @@
-/* The four verbs in the computing dtype T: the channels' numbers, and the activations block by block. The formulas are
-   those of reference.py. Included once for float, once for double, after stages.h. */
+/* The four verbs for activations of one dtype: the channels' numbers, then block by block. The formulas are those of
+   reference.py. Included after stages.h. */
 
 /* `Channels` of a call, repeated where several rows are taken as one. */
 static int NAME(channels_of)(const Call* call, const Shape* s, NAME(Channels)* c) {
     i64 width = s->width;
-    T* room = malloc(5 * width * sizeof(T));
-    *c = (NAME(Channels)){room, room + width, room + 2 * width, room + 3 * width, room + 4 * width};
+    i64 size = width + SIZED(WIDTH); /* a vector may be read at the last channel */
+    T* room = calloc(5 * size, sizeof(T));
+    *c = (NAME(Channels)){room, room + size, room + 2 * size, room + 3 * size, room + 4 * size};
     if (!room) return 1;
     f64 count = call->dx ? at_least_one(*(const f64*)call->count) : 1;
     for (i64 k = 0; k < width; k++) {
@@ -23,13 +24,11 @@ static int NAME(channels_of)(const Call* call, const Shape* s, NAME(Channels)* c
 }
 
 /* `pointwise`, a variant for each activation, with and without a residual. */
-INLINE void NAME(pointwise_as)(const Call* call, Block b, NAME(Source) x, NAME(Source) residual, NAME(Source) dy,
-                               NAME(Channels) c, NAME(Target) out, int COLUMNS, int is_grad) {
-    T leaky_slope = (T)call->leaky_slope;
+INLINE void NAME(pointwise_as)(const Call* call, NAME(Stage) s, Block b, int COLUMNS, int is_grad) {
 #define VARIANT(activation)                                                                                            \
     case activation:                                                                                                   \
-        if (residual.at) NAME(pointwise)(b, x, residual, dy, c, leaky_slope, out, COLUMNS, activation, 1, is_grad);    \
-        else NAME(pointwise)(b, x, residual, dy, c, leaky_slope, out, COLUMNS, activation, 0, is_grad);                \
+        if (s.residual.at) NAME(pointwise)(s, b, COLUMNS, activation, 1, is_grad);                                     \
+        else NAME(pointwise)(s, b, COLUMNS, activation, 0, is_grad);                                                   \
         break;
     switch (call->activation) {
         VARIANT(NONE)
@@ -40,36 +39,45 @@ INLINE void NAME(pointwise_as)(const Call* call, Block b, NAME(Source) x, NAME(S
 #undef VARIANT
 }
 
-OUTLINE void NAME(pointwise_of)(const Call* call, Block b, NAME(Source) x, NAME(Source) residual, NAME(Source) dy,
-                                NAME(Channels) c, NAME(Target) out) {
-    if (call->is_rows && dy.at) NAME(pointwise_as)(call, b, x, residual, dy, c, out, 1, 1);
-    else if (call->is_rows) NAME(pointwise_as)(call, b, x, residual, dy, c, out, 1, 0);
-    else if (dy.at) NAME(pointwise_as)(call, b, x, residual, dy, c, out, 0, 1);
-    else NAME(pointwise_as)(call, b, x, residual, dy, c, out, 0, 0);
+/* y or, given room for it, dz. */
+OUTLINE void NAME(pointwise_of)(const Call* call, NAME(Stage) s, Block b) {
+    if (call->is_rows && s.room) NAME(pointwise_as)(call, s, b, 1, 1);
+    else if (call->is_rows) NAME(pointwise_as)(call, s, b, 1, 0);
+    else if (s.room) NAME(pointwise_as)(call, s, b, 0, 1);
+    else NAME(pointwise_as)(call, s, b, 0, 0);
 }
 
+/* What the stages of a block leave for the next ones. */
+typedef struct {
+    E x[BLOCK], dy[BLOCK], residual[BLOCK], out[BLOCK];
+    T dz[BLOCK];
+} NAME(Scratch);
+
 /* dz of a block, 0 where masked out. */
-OUTLINE NAME(Source) NAME(dz_of)(const Call* call, Block b, NAME(Channels) c, NAME(Source) x, T scratch[3][BLOCK]) {
-    NAME(Source) dy = NAME(load)(call, call->dy, b, scratch[0]), residual = {0, 0};
+OUTLINE NAME(Source) NAME(dz_of)(const Call* call, Block b, NAME(Channels) c, NAME(Source) x, NAME(Scratch)* scratch) {
+    NAME(Source) dy = NAME(load)(call, call->dy, b, scratch->dy);
     if (call->activation == NONE) return dy;
-    if (call->residual) residual = NAME(load)(call, call->residual, b, scratch[1]);
-    NAME(Target) out = {scratch[2], b.length};
-    NAME(pointwise_of)(call, b, x, residual, dy, c, out);
-    return (NAME(Source)){out.at, out.step};
+    NAME(Source) residual = NAME(load)(call, call->residual, b, scratch->residual);
+    NAME(Stage) s = {.x = x, .residual = residual, .dy = dy, .channels = c, .room = scratch->dz};
+    s.leaky_slope = (T)call->leaky_slope;
+    NAME(pointwise_of)(call, s, b);
+    return (NAME(Source)){scratch->dz, at_least(SIZED(WIDTH), b.length), sizeof(E) != sizeof(T)};
 }
 
 /* Partial sums of one group of units, for the channels of one side. */
 INLINE void NAME(sum_group)(const Call* call, const Shape* s, NAME(Channels) c, i64 group, i64 side, f64* partial,
                             int COLUMNS, int is_grad) {
-    T scratch[4][BLOCK];
+    NAME(Scratch) scratch;
     f64 sums[2][MOST_LINES * LANES] = {{0}};
-    i64 first = s->units * group / s->groups, last = s->units * (group + 1) / s->groups;
-    for (i64 unit = first; unit < last; unit++) {
+    for (i64 unit = s->units * group / s->groups; unit < s->units * (group + 1) / s->groups; unit++) {
         Block b = block_of(s, unit, side);
-        NAME(Source) x = NAME(load)(call, call->x, b, scratch[3]);
-        NAME(Source) u = is_grad ? NAME(dz_of)(call, b, c, x, scratch) : x;
-        if (COLUMNS) NAME(sum_columns)(b, u, x, is_grad && sizeof(T) == 8 ? c.mean : 0, sums[0], sums[1]);
-        else NAME(sum_lines)(b, u, x, is_grad && sizeof(T) == 8 ? c.mean : 0, sums[0], sums[1]);
+        NAME(Source) x = NAME(load)(call, call->x, b, scratch.x);
+        NAME(Source) dz = is_grad ? NAME(dz_of)(call, b, c, x, &scratch) : x;
+        int is_wide = sizeof(E) != sizeof(T) && dz.is_wide;
+        if (COLUMNS && is_wide) NAME(sum_columns)(b, dz, x, c.mean, sums[0], sums[1], 1, is_grad);
+        else if (COLUMNS) NAME(sum_columns)(b, dz, x, c.mean, sums[0], sums[1], 0, is_grad);
+        else if (is_wide) NAME(sum_lines)(b, dz, x, c.mean, sums[0], sums[1], 1, is_grad);
+        else NAME(sum_lines)(b, dz, x, c.mean, sums[0], sums[1], 0, is_grad);
     }
     i64 channel = side * s->per_block, channels = at_most(s->per_block, s->width - channel);
     for (i64 k = 0; k < channels; k++) {
@@ -119,29 +127,32 @@ static int NAME(grad_sums)(const Call* call) {
 }
 
 OUTLINE void NAME(normalize_block)(const Call* call, Block b, NAME(Channels) c) {
-    T scratch[3][BLOCK];
-    NAME(Source) x = NAME(load)(call, call->x, b, scratch[0]), residual = {0, 0}, none = {0, 0};
-    if (call->residual) residual = NAME(load)(call, call->residual, b, scratch[1]);
-    NAME(Target) out = NAME(target)(call, call->y, b, scratch[2]);
-    NAME(pointwise_of)(call, b, x, residual, none, c, out);
-    NAME(store)(call, out, call->y, b);
+    NAME(Scratch) scratch;
+    NAME(Stage) s = {.x = NAME(load)(call, call->x, b, scratch.x), .channels = c, .leaky_slope = (T)call->leaky_slope};
+    s.residual = NAME(load)(call, call->residual, b, scratch.residual);
+    s.y = NAME(target)(call->y, b, scratch.out);
+    NAME(pointwise_of)(call, s, b);
+    NAME(store)(call, s.y, call->y, b);
 }
 
 OUTLINE void NAME(grad_block)(const Call* call, Block b, NAME(Channels) c) {
-    T scratch[5][BLOCK];
-    NAME(Source) x = NAME(load)(call, call->x, b, scratch[3]);
-    NAME(Source) dz = NAME(dz_of)(call, b, c, x, scratch);
+    NAME(Scratch) scratch;
+    NAME(Stage) s = {.x = NAME(load)(call, call->x, b, scratch.x), .channels = c};
+    NAME(Source) dz = s.dz = NAME(dz_of)(call, b, c, s.x, &scratch);
+    int is_wide = sizeof(E) != sizeof(T) && dz.is_wide;
     if (call->dx) {
-        NAME(Target) out = NAME(target)(call, call->dx, b, scratch[4]);
-        if (call->is_rows) NAME(input_grad)(b, dz, x, c, out, 1);
-        else NAME(input_grad)(b, dz, x, c, out, 0);
-        NAME(store)(call, out, call->dx, b);
+        s.dx = NAME(target)(call->dx, b, scratch.out);
+        if (call->is_rows && is_wide) NAME(input_grad)(s, b, 1, 1);
+        else if (call->is_rows) NAME(input_grad)(s, b, 1, 0);
+        else if (is_wide) NAME(input_grad)(s, b, 0, 1);
+        else NAME(input_grad)(s, b, 0, 0);
+        NAME(store)(call, s.dx, call->dx, b);
     }
     if (call->dresidual) {
-        NAME(Target) out = NAME(target)(call, call->dresidual, b, (T*)dz.at);
-        for (i64 i = 0; i < b.lines && out.at != dz.at; i++)
-            memcpy(out.at + i * out.step, dz.at + i * dz.step, b.length * sizeof(T));
-        NAME(store)(call, out, call->dresidual, b);
+        NAME(Target) dresidual = NAME(target)(call->dresidual, b, scratch.out);
+        if (is_wide) NAME(round_to)(b, dz, dresidual, 1);
+        else NAME(round_to)(b, dz, dresidual, 0);
+        NAME(store)(call, dresidual, call->dresidual, b);
     }
 }
 
