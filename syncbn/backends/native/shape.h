@@ -80,6 +80,7 @@ static inline Block block_of(const Shape* s, i64 unit, i64 side) {
         b.step = s->pixels;
         b.at = (sample * s->width + b.channel) * s->pixels + pixel;
     }
+    if (b.length == 0) b.lines = 0;
     return b;
 }
 

@@ -105,9 +105,9 @@ static int NAME(sum_all)(const Call* call, const Shape* s, NAME(Channels) c, f64
         else NAME(sum_group)(call, s, c, group, side, partial, 0, 0);
     }
     memset(out, 0, 2 * columns * sizeof(f64));
-    for (i64 group = 0; group < s->groups; group++) {
-        const f64* partial = partials + group * 2 * s->width;
-        for (i64 k = 0; k < 2 * s->width; k++) out[k / s->width * columns + k % s->width % columns] += partial[k];
+    for (i64 from = 0; from < s->groups * 2 * s->width; from += columns) { /* width is so many times columns */
+        f64* to = out + from / s->width % 2 * columns;
+        for (i64 k = 0; k < columns; k++) to[k] += partials[from + k];
     }
     free(partials);
     return 0;
