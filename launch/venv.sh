@@ -14,7 +14,9 @@ if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 
 fi
 [ -f .venv/bin/activate ] || "$python" -m venv .venv # its last file: an interrupted one is made again
 source .venv/bin/activate
-wanted="$extras $(cat pyproject.toml launch/constraints.txt | cksum)"
+# The CPU library is compiled by an installation, where there is a compiler; it is made anew when its source changes.
+sources=$(cat pyproject.toml launch/constraints.txt syncbn/backends/native/*.[ch] 2>/dev/null | cksum || true)
+wanted="$extras $sources"
 if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then
     echo "installing syncbn[$extras] into $root/.venv ..."
     python -m pip install --quiet --disable-pip-version-check \

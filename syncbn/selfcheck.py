@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.basicConfig(level=logging.DEBUG)
     with comm.joined(options.device) as (rank, world_size, device, transport):
         if rank == 0:
-            path = backends.name_for(torch.empty(1, device=device))
+            path = backends.described(torch.empty(1, device=device))
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
             print(f"torch {torch.__version__}   device {device.type} ({name})   back-end {path}")
             print(f"ranks {world_size}   transport {transport}", flush=True)

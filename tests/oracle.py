@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.native import ON_CPU
+
 UNIT = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-8 + 3e-6, torch.float16: 2**-11 + 3e-6}
 """Allowed error, relative to the largest value of the tensor.
 
@@ -39,7 +41,7 @@ class Case:
     bias: bool = True
     track: bool = True
     momentum: float | None = 0.1
-    backend: str = "cpu"
+    backend: str = ON_CPU
     compiler: str | None = None  # of torch.compile
     seed: int = 0
 

@@ -14,6 +14,7 @@ from benchmarks import resnet
 from syncbn import backends, calls, fingerprint
 from syncbn.backends import gpu_report, gpu_workspace, reference
 from syncbn.names import BACKWARD, FORWARD, Call
+from tests.native import ON_CPU
 from tests.stub_device import STREAM, Launch, stub
 from tests.stub_jobs import Given, tensors
 
@@ -251,7 +252,7 @@ def a_forced_backend_is_obeyed() -> int:
     layer, given = syncbn.SyncBatchNorm(32), Given((4, 32, 4, 4), activation=None, residual=False)
     layer_step(layer, given, 2)
     stub().launches.clear()
-    with backends.force("cpu"):
+    with backends.force(ON_CPU):
         layer(tensors(given)[0].float().requires_grad_())
         layer(tensors(given)[0].requires_grad_())
     return len(stub().launches)

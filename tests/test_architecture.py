@@ -150,6 +150,16 @@ def test_nothing_outgrows_its_limit(path: Path) -> None:
             assert length <= limit, f"{node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", sorted((SOURCE / "backends" / "native").glob("*.[ch]")), ids=lambda p: p.name)
+def test_c_files_keep_the_limits(path: Path) -> None:
+    """300 lines a file of 120 characters, 40 a function."""
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300
+    assert max(map(len, lines)) <= 120
+    starts = [number for number, line in enumerate(lines) if line.endswith("{") and not line[0].isspace()]
+    assert all(lines.index("}", start) - start <= 41 for start in starts if "}" in lines[start:])
+
+
 def test_the_top_level_holds_what_the_plan_says() -> None:
     """Five folders and files, license and changelog, and what begins with a dot: nothing that a test left is kept."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:

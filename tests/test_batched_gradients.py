@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn import backends, composed
 from tests.cases import let_torch_warn_of_itself
+from tests.native import ON_CPU
 from tests.oracle import UNIT, error
 from tests.ranks import Collectives, RankPool
 
@@ -158,8 +159,8 @@ def test_many_cotangents_at_once(ranks: RankPool, name: str, batched: Any, regio
     """Mapped over cotangents, a backward gives each its gradients, with one collective for all of them; in a
     checkpointed region too, which moves no statistic again when the map recomputes it.
     """
-    _cotangents(name, batched, region, "cpu")
-    ranks.run(2, _cotangents, name, batched, region, "cpu")
+    _cotangents(name, batched, region, ON_CPU)
+    ranks.run(2, _cotangents, name, batched, region, ON_CPU)
 
 
 @ways

@@ -253,7 +253,7 @@ def _a_call_made_again() -> None:
     _step(layer)
     if dist.get_rank():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("syncbn.backends.cpu.batch_sums", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            patch.setattr("syncbn.calls.all_sum", lambda *_: (_ for _ in ()).throw(MemoryError()))
             with pytest.raises(MemoryError):
                 _step(layer)
     _step(layer, layer)

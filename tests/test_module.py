@@ -10,6 +10,7 @@ from torch import nn
 
 import syncbn
 from syncbn import backends
+from tests.native import BACKENDS
 
 CONFIGURATIONS = [
     {},
@@ -130,7 +131,7 @@ def test_copies_are_whole(copied) -> None:
     assert other.running_mean is not layer.running_mean
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5), (4, 1, 5, 5), (4, 3, 1, 1), (0, 3, 5, 5)], ids=str)
 @pytest.mark.parametrize("last", [False, True])
 def test_what_follows_may_work_in_place(backend: str, shape: tuple[int, ...], last: bool) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.cases import check
+from tests.native import BACKENDS
 from tests.oracle import Case
 from tests.ranks import RankPool
 
-BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EVEN = ((4, 5, 6, 7),) * 2
 UNEVEN = ((4, 5, 6, 7), (1, 5, 3, 9), (7, 5, 2, 2))

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from syncbn import selfcheck
-from syncbn.backends import cpu
+from syncbn import backends, direct, selfcheck
+from tests.native import HAS_LIBRARY, ON_CPU
 
 
 def test_two_ranks_are_right() -> None:
@@ -29,6 +29,7 @@ def test_two_ranks_are_right() -> None:
     assert done.returncode == 0, done.stderr
     assert "ranks 2   transport gloo" in done.stdout
     assert f"torch {torch.__version__}   device cpu" in done.stdout
+    assert f"back-end {ON_CPU} ({'native code for' if HAS_LIBRARY else 'plain torch operations'}" in done.stdout
     assert done.stdout.count(" ok\n") == 24
     assert "all 48 checks are right" in done.stdout
 
@@ -36,7 +37,9 @@ def test_two_ranks_are_right() -> None:
 @pytest.mark.parametrize("verb", ["batch_sums", "normalize", "grad_sums", "grad_input"])
 def test_a_defect_is_a_red_row(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A verb that is off by 1e-4 turns rows wrong and the exit code to 1."""
-    original = getattr(cpu, verb)
+    verbs = backends._load(ON_CPU)
+    original = getattr(verbs, verb)
+    monkeypatch.setattr(direct, "normalize", lambda *_: None)  # which does not go through it
 
     def mutant(*arguments):
         result = original(*arguments)
@@ -45,7 +48,7 @@ def test_a_defect_is_a_red_row(verb: str, monkeypatch: pytest.MonkeyPatch, capsy
             first *= 1 + 1e-4
         return result
 
-    monkeypatch.setattr(cpu, verb, mutant)
+    monkeypatch.setattr(verbs, verb, mutant)
     assert selfcheck.main(["--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from syncbn import backends, composed
-from syncbn.backends import Epilogue, Running, cpu, reference
+from syncbn.backends import Epilogue, Running, reference
 from syncbn.fingerprint import MOST, VOTE
 from syncbn.functional import sync_batch_norm
+from tests import native
 
-BACKENDS = ("reference", "cpu", "composed")
+BACKENDS = (*native.BACKENDS, "composed")
 """The last is no back-end, but what compilers and second derivatives see."""
 SHAPES = {"planes": (16, 3, 24, 24), "rows": (4096, 3), "one plane": (1, 3, 600, 600)}
 
@@ -44,11 +45,17 @@ def exact(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("outlier", [None, "first element", "first row"])
-@pytest.mark.parametrize(("ratio", "limit"), [(0, 1e-6), (10, 1e-6), (1e2, 1e-6), (1e3, 1e-6), (1e4, 1e-5)])
+@pytest.mark.parametrize("ratio", [0, 10, 1e2, 1e3, 1e4])
 def test_variance_is_exact_far_from_zero(
-    backend: str, shape: tuple[int, ...], outlier: str | None, ratio: float, limit: float
+    backend: str, shape: tuple[int, ...], outlier: str | None, ratio: float
 ) -> None:
-    """Float32 input of mean/std up to 1e4 has its variance to 1e-6 (1e-5), whatever its first values are."""
+    """Float32 input of mean/std up to 1e4 has its variance to 64·2⁻⁵³·(1 + (mean/std)²), 7e-7 at most, whatever its
+    first values are: Σx² is off by what some 200 additions in float64 round, up as often as down, and the variance by
+    (mean/std)² of that. What is composed for compilers adds up x − k in float32: 1e-6, at 1e4 1e-5.
+    """
+    limit = 64 * 2**-53 * (1 + ratio**2)
+    if backend == "composed":
+        limit = 1e-6 if ratio < 1e4 else 1e-5
     x = torch.randn(shape) + ratio
     if outlier == "first element":
         x[0, :, ...] = torch.where(torch.arange(x[0, 0].numel()).view(x[0, 0].shape) == 0, 0, x[0])
@@ -172,7 +179,7 @@ def check_no_guard(name: str, bad: float, momentum: float | None) -> None:
     assert torch.equal(ours.var[others], right.var[others])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", native.BACKENDS)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("guarded", GUARDED.values(), ids=GUARDED)
 def test_what_is_not_finite_moves_nothing(guarded: Guarded, momentum: float | None, backend: str) -> None:
@@ -180,7 +187,7 @@ def test_what_is_not_finite_moves_nothing(guarded: Guarded, momentum: float | No
     check_guard(backend, guarded, momentum)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", native.BACKENDS)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_without_the_guard_it_moves(bad: float, momentum: float | None, backend: str) -> None:
@@ -192,11 +199,11 @@ def test_without_the_guard_it_moves(bad: float, momentum: float | None, backend:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_wire_ends_with_its_fingerprint(dtype: torch.dtype, masked: bool, tag: int) -> None:
-    """2³² + tag and tag², 0 and 0 for tag 0, by both back-ends, behind the sums of a call without."""
+    """2³² + tag and tag², 0 and 0 for tag 0, by all back-ends, behind the sums of a call without."""
     x = torch.randn(6, 5, 7).to(dtype)
     mask = torch.rand(6, 7) > 0.3 if masked else None
     mean, invstd = torch.zeros(2, 5, dtype=backends.compute_dtype(dtype))
-    for verbs in (reference, cpu):
+    for verbs in map(backends._load, native.BACKENDS):
         plain = verbs.batch_sums(x, mask), verbs.grad_sums(x, x, mean, invstd, Epilogue(mask=mask))[0]
         sent = (
             verbs.batch_sums(x, mask, float(tag)),
@@ -207,28 +214,3 @@ def test_a_wire_ends_with_its_fingerprint(dtype: torch.dtype, masked: bool, tag:
             assert wire.dtype == torch.float64
             assert wire[-2:].tolist() == ([VOTE + tag, float(tag**2)] if tag else [0.0, 0.0])
             assert torch.equal(wire[:-2], without[:-2])
-
-
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_quick_way_moves_the_same_bits(dtype: torch.dtype, momentum: float | None, skip: bool) -> None:
-    """The CPU's own step gives the specification's bits: any count, with and without what a buffer cannot hold."""
-    generator = torch.Generator().manual_seed(0)
-    wild = torch.tensor([0.0, 1e5, 1e39, float("inf"), float("-inf"), float("nan")], dtype=torch.float64)
-    for number in range(100):
-        count = torch.tensor([(0.0, 1.0, 2.0, 3.0, 5e4)[number % 5]], dtype=torch.float64)
-        mean, var = torch.randn(2, 9, generator=generator, dtype=torch.float64)
-        var = var.abs()
-        if number % 3:  # one channel of nine, in its mean or in its variance
-            (mean, var)[number % 2][number % 9] = wild[number % len(wild)]
-        start = torch.rand(2, 9, generator=generator).to(dtype)
-        runs = []
-        for move in (cpu.move_running, reference.move_running):
-            tracked = None if momentum is not None and number % 7 == 0 else torch.tensor(number)
-            running = Running(*start.clone(), tracked, momentum, skip)
-            move(running, mean, var, count)
-            runs.append(running)
-        for mine, right in zip(runs[0][:2], runs[1][:2], strict=True):
-            assert torch.equal(mine.view(torch.uint8), right.view(torch.uint8)), number
-        assert runs[0].num_batches_tracked == runs[1].num_batches_tracked

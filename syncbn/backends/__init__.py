@@ -133,6 +133,15 @@ def _on_cpu() -> str:
     return "reference" if cpu_library.library() is None else "cpu"
 
 
+def described(x: Tensor) -> str:
+    """The back-end that serves x and, of the CPU, why it does."""
+    if not x.is_cpu:
+        return name_for(x)
+    from syncbn.backends import cpu_library
+
+    return f"{name_for(x)} ({cpu_library.found()[1]})"
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -49,7 +49,7 @@ def normalize(
     if running is not None and written is not None:
         for buffer, moved in zip(running[:3], written, strict=True):
             if moved is not buffer and buffer is not None:
-                buffer.copy_(moved)
+                buffer.copy_(moved)  # type: ignore[arg-type]  # there is one for each
     return given.as_original(y), mean, invstd
 
 
@@ -83,7 +83,7 @@ def grad_input(
     if dsums is not None:
         dx = torch.empty_like(given.x)
         given.own["dsums"] = address("dsums", dsums, 2 * given.channels + 2, _FLOAT64)
-        given.own |= {"count": address("count", count, 1, _FLOAT64), "dx": dx.data_ptr()}
+        given.own |= {"counted": address("count", count, 1, _FLOAT64), "dx": dx.data_ptr()}
     if needs_dresidual:
         dresidual = torch.empty_like(given.x)
         given.own["dresidual"] = dresidual.data_ptr()
@@ -94,10 +94,13 @@ def grad_input(
 def alike(x: Tensor, epilogue: Epilogue, running: Running | None) -> Alike:
     """What calls with tensors like these share; x is readable."""
     (samples, channels), positions = x.shape[:2], x.numel() // x.shape[1]
-    sizes = (1, positions, channels, 1) if is_rows(x) else (0, samples, channels, positions // max(1, samples))
-    dtypes = [0 if t is None else DTYPES[t.dtype] for t in (*epilogue[:2], *(running or (None, None))[:2])]
+    rows = is_rows(x)
+    first, pixels = (positions, 1) if rows else (samples, positions // max(1, samples))
+    vectors = (*epilogue[:2], *(running or (None, None))[:2])
+    weight, bias, mean, var = (0 if t is None else DTYPES[t.dtype] for t in vectors)
     most = min(MOST[running.mean.dtype], MOST[running.var.dtype]) if running and running.skip_nonfinite else 0.0
-    return Alike(*sizes, DTYPES[x.dtype], ACTIVATIONS.index(epilogue.activation), LEAKY_SLOPE, *dtypes, most)
+    codes = DTYPES[x.dtype], ACTIVATIONS.index(epilogue.activation)
+    return Alike(rows, first, channels, pixels, *codes, LEAKY_SLOPE, weight, bias, mean, var, most)
 
 
 class _Given:
@@ -114,7 +117,8 @@ class _Given:
         mean: Tensor | None = None,
         invstd: Tensor | None = None,
     ) -> None:
-        self.original, self.epilogue, self.running, self.channels = x, epilogue, None, x.shape[1]
+        self.original, self.epilogue, self.channels = x, epilogue, x.shape[1]
+        self.running: Running | None = None
         weight, bias, residual, mask, _ = epilogue
         dtype = x.dtype
         if (residual is not None and residual.dtype != dtype) or (dy is not None and dy.dtype != dtype):

@@ -60,7 +60,9 @@ class Launches:
         """None if an activation does not begin where numbers may."""
         return None if addresses & 7 else _WORK
 
-    def _launch_sums(self, stream: int, x: int, mask: At, partials: int, semaphores: int, sums: int, tag: float) -> None:
+    def _launch_sums(
+        self, stream: int, x: int, mask: At, partials: int, semaphores: int, sums: int, tag: float
+    ) -> None:
         self._batch_sums(self._own(tag, x, 0, 0, 0, 0, 0, 0, sums))
 
     def _launch_normalize(

@@ -67,7 +67,7 @@ class Own(NamedTuple):
     momentum: float = 0.0
     dy: int = 0
     dsums: int = 0
-    count: int = 0
+    counted: int = 0
     dweight: int = 0
     dbias: int = 0
     dx: int = 0
@@ -104,7 +104,6 @@ class Library:
         self.level = self.use_level(ANY_LEVEL)
         """Of x86-64, as 3 or 4; 0 is what any processor has."""
 
-
     def __str__(self) -> str:
         level = f"x86-64-v{self.level}" if self.level else platform.machine()
         return f"native code for {level}, {'OpenMP' if self.has_threads else 'one thread'}"
@@ -124,37 +123,40 @@ def _verb(handle: ctypes.CDLL, name: str) -> Verb:
 
 
 @functools.cache
-def library() -> Library | None:
-    """The library, or None where plain torch operations serve; loaded once.
+def found() -> tuple[Library | None, str]:
+    """The library, or None where plain torch operations serve, loaded once; and which way CPU tensors go, in words.
 
     Raises:
         RuntimeError: if `SYNCBN_CPU=native` insists on what is not there.
         ValueError: if `SYNCBN_CPU` is something else than native or torch.
     """
-    chosen = os.environ.get("SYNCBN_CPU", "")
-    if chosen not in ("", "native", "torch"):
-        raise ValueError(f"SYNCBN_CPU must be native or torch, or not be set; got {chosen!r}. Unset it.")
-    log = logging.getLogger("syncbn")
-    if chosen == "torch":
-        log.debug("CPU tensors take plain torch operations: SYNCBN_CPU is torch")
-        return None
-    try:
-        found = Library()
-    except OSError as error:
-        if chosen == "native":
-            raise RuntimeError(f"SYNCBN_CPU=native needs the CPU library, but {error}. {HOW}.") from error
-        log.debug("CPU tensors take plain torch operations, which are slower: %s. %s", error, HOW)
-        return None
-    log.debug("CPU tensors are served by %s", found)
-    return found
+    choice = os.environ.get("SYNCBN_CPU", "")
+    if choice not in ("", "native", "torch"):
+        raise ValueError(f"SYNCBN_CPU must be native or torch, or not be set; got {choice!r}. Unset it.")
+    library, way = None, "plain torch operations: SYNCBN_CPU is torch"
+    if choice != "torch":
+        try:
+            library = Library()
+            way = str(library)
+        except OSError as error:
+            if choice == "native":
+                raise RuntimeError(f"SYNCBN_CPU=native needs the CPU library, but {error}. {HOW}.") from error
+            way = f"plain torch operations, which are slower: {error}. {HOW}"
+    logging.getLogger("syncbn").debug("CPU tensors take %s", way)
+    return library, way
+
+
+def library() -> Library | None:
+    """The library, or None."""
+    return found()[0]
 
 
 def verb(name: str) -> Callable[[bytes], None]:
     """One of the library's, which takes the fields of `Call`; other Python threads run while it does."""
-    found = library()
-    if found is None:
-        raise RuntimeError(f"There is no CPU library here that could be forced to serve. {HOW}.")
-    run = found.verbs[name]
+    loaded, way = found()
+    if loaded is None:
+        raise RuntimeError(f"There is no CPU library here that could be forced to serve, but {way}.")
+    run = loaded.verbs[name]
 
     def checked(fields: bytes) -> None:
         if run(fields):
@@ -186,8 +188,8 @@ def address_like(name: str, t: Tensor, x: Tensor, is_rows: bool) -> int:
 
 def is_dense(t: Tensor, is_rows: bool) -> bool:
     """Whether t (N, C, *S) has no gaps, with the channels innermost or in its order of dimensions."""
-    if not is_rows or t.ndim == 2:
-        return t.is_contiguous()
+    if not is_rows or t.ndim == 2 or t.numel() == 0:
+        return t.is_contiguous() or t.numel() == 0
     memory_format = _CHANNELS_LAST.get(t.ndim)
     return t.movedim(1, -1).is_contiguous() if memory_format is None else t.is_contiguous(memory_format=memory_format)
 

@@ -1,4 +1,4 @@
-"""Hatchling's part of an installation: the wheel gets the CPU library if there is a C compiler, else it is pure Python."""
+"""Hatchling's part of an installation: a wheel with the CPU library, or of pure Python where no C compiler is."""
 
 import runpy
 import sysconfig
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 class NativeHook(BuildHookInterface):  # type: ignore[type-arg]  # its configuration is not looked at
-    """An editable installation gets the library in place, a wheel a copy; the wheel is good for every Python and torch."""
+    """An editable installation gets the library in place, a wheel another; it is good for every Python and torch."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         compiling = runpy.run_path(str(HERE / "compiling.py"))

@@ -5,13 +5,12 @@
 typedef float Floats __attribute__((vector_size(32)));
 typedef f64 Doubles __attribute__((vector_size(32)));
 
-INLINE Doubles four(const f64* from) {
+INLINE void add_four(f64* to, Doubles more) {
     Doubles value;
-    memcpy(&value, from, sizeof value);
-    return value;
+    memcpy(&value, to, sizeof value);
+    value += more;
+    memcpy(to, &value, sizeof value);
 }
-
-INLINE void set_four(f64* to, Doubles value) { memcpy(to, &value, sizeof value); }
 
 #ifdef __AVX2__
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-/* What Python calls: the verbs of the widest instruction set that this processor has, and what is of channels' size. */
+/* What Python calls: the verbs, with all the instructions that this processor has, and what is of channels' size. */
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -109,7 +109,8 @@ int syncbn_normalize(const Call* given) {
         i64 calls = ++*(i64*)call.counter;
         if (factor != factor) factor = 1.0 / (f64)calls;
     }
-    for (i64 c = 0; c < call.channels && call.running_mean; c++) move(&call, c, moments(&call, c, count), count, factor);
+    for (i64 c = 0; call.running_mean && c < call.channels; c++)
+        move(&call, c, moments(&call, c, count), count, factor);
     return 0;
 }
 

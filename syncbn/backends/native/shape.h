@@ -1,5 +1,5 @@
-/* How a call's activations are cut. What is cut, and the order in which parts are added up, depends on the shape alone,
-   not on the number of threads, so that the sums have the same bits with any. */
+/* How a call's activations are cut. Where, and in which order parts are added up, depends on the shape alone, not on
+   the number of threads, so that the sums have the same bits with any. */
 #pragma once
 #include "call.h"
 
@@ -12,7 +12,7 @@ enum {
     SUM_COLUMNS = 64,     /* channels of a block of rows, where they are added up: the more rows the better, */
     WIDE_COLUMNS = 256,   /* but not so many that their addresses fall on few cache lines */
     MOST_COLUMNS = 512,   /* channels of a block of rows elsewhere */
-    NARROW = 32,          /* rows of fewer channels are taken several at a time, as one */
+    NARROW = 32,          /* rows of fewer channels are taken several at a time, as one of a multiple of LANES */
     TASK = 16 * 1024,     /* elements that are worth a partial sum of their own */
     MOST_TASKS = 64,
     THREAD = 32 * 1024    /* elements that are worth a thread */
@@ -21,11 +21,12 @@ enum {
 /* A rectangle of the activations. Planes: a line for each channel. Rows: a column for each channel. */
 typedef struct {
     i64 at, lines, length, step; /* first element, size, distance of two lines */
-    i64 channel, position;       /* the first of each: channels are numbered as in the parameters, positions as in mask */
+    i64 channel, position;       /* the first ones: channels as in the parameters, positions as in the mask */
 } Block;
 
 typedef struct {
-    i64 is_rows, width, rows, elements; /* of planes: channels, samples; of rows: channels times rows taken at a time */
+    i64 is_rows, elements;
+    i64 width, rows;                    /* planes: channels, samples; rows: channels in a line, lines of a block */
     i64 pixels, pieces, piece;          /* a plane's, cut in pieces */
     i64 per_block, blocks, units;       /* channels of a block, blocks side by side, and how often */
     i64 groups;                         /* of units, each with its own partial sums */
@@ -39,7 +40,7 @@ static inline Shape shape_of(const Call* call, int is_sum) {
     Shape s = {.is_rows = call->is_rows, .width = call->channels, .rows = call->samples, .pixels = call->pixels};
     s.elements = call->samples * call->channels * call->pixels;
     if (s.is_rows) {
-        if (s.width < NARROW && !call->mask) s.width *= NARROW / s.width;
+        while (call->channels < NARROW && !call->mask && s.width % LANES) s.width += call->channels;
         i64 columns = is_sum ? at_least(SUM_COLUMNS, at_most(WIDE_COLUMNS, s.width / 8)) : MOST_COLUMNS;
         s.per_block = at_most(columns, s.width);
         s.rows = BLOCK / at_least(SHORT, s.per_block);

@@ -46,7 +46,7 @@ OUTLINE NAME(Source) NAME(load)(const Call* call, const void* from, Block b, E* 
     return (NAME(Source)){scratch, step, 0};
 }
 
-/* Where a stage is to leave what `store` then finishes: the place itself, or scratch for lines shorter than a vector. */
+/* Where a stage leaves what `store` finishes: the place itself or, for lines shorter than a vector, scratch. */
 INLINE NAME(Target) NAME(target)(void* to, Block b, E* scratch) {
     if (b.length < SIZED(WIDTH)) return (NAME(Target)){scratch, SIZED(WIDTH)};
     return (NAME(Target)){(E*)to + b.at, b.step};
@@ -140,8 +140,7 @@ INLINE void NAME(round_to)(Block b, NAME(Source) from, NAME(Target) to, int is_w
 /* Of so many elements, LANES side by side and the next of them a number of lines down or of columns along: LANES sums
    each of x and x², in float64, in which the square of a float32 is exact ... */
 INLINE void NAME(sum_squares)(NAME(Source) x, i64 i, i64 j, i64 down, i64 along, i64 times, f64* sums, f64* squares) {
-    Doubles first[LANES / 4], second[LANES / 4], values[LANES / 4];
-    for (int q = 0; q < LANES / 4; q++) first[q] = four(sums + 4 * q), second[q] = four(squares + 4 * q);
+    Doubles first[LANES / 4] = {{0}}, second[LANES / 4] = {{0}}, values[LANES / 4];
     for (i64 n = 0; n < times; n++) {
         for (int l = 0; l < LANES; l += SIZED(WIDTH))
             SIZED(widen)(NAME(read)(x, i + n * down, j + n * along + l, 0), values + l / 4);
@@ -150,13 +149,13 @@ INLINE void NAME(sum_squares)(NAME(Source) x, i64 i, i64 j, i64 down, i64 along,
             second[q] = ADD_PRODUCT(second[q], values[q], values[q]);
         }
     }
-    for (int q = 0; q < LANES / 4; q++) set_four(sums + 4 * q, first[q]), set_four(squares + 4 * q, second[q]);
+    for (int q = 0; q < LANES / 4; q++) add_four(sums + 4 * q, first[q]), add_four(squares + 4 * q, second[q]);
 }
 
 INLINE void NAME(flush)(VECTOR from, f64* into) {
     Doubles values[SIZED(WIDTH) / 4];
     SIZED(widen)(from, values);
-    for (int q = 0; q < SIZED(WIDTH) / 4; q++) set_four(into + 4 * q, four(into + 4 * q) + values[q]);
+    for (int q = 0; q < SIZED(WIDTH) / 4; q++) add_four(into + 4 * q, values[q]);
 }
 
 /* ... or of dz and dz·(x - mean), whose product is rounded to T anyway: RUN of them in T, then on in float64. */
@@ -219,7 +218,9 @@ INLINE void NAME(sum_columns)(Block b, NAME(Source) dz, NAME(Source) x, const T*
         else NAME(sum_squares)(x, 0, j, 1, 0, b.lines, sums + j, products + j);
     }
     for (; j < b.length; j++) {
-        for (i64 i = 0; i < b.lines; i++)
-            NAME(sum_one)(b, dz, x, mean, i, j, sums + j, products + j, 1, is_wide, is_grad);
+        f64 sum = 0, product = 0;
+        for (i64 i = 0; i < b.lines; i++) NAME(sum_one)(b, dz, x, mean, i, j, &sum, &product, 1, is_wide, is_grad);
+        sums[j] += sum;
+        products[j] += product;
     }
 }

@@ -8,7 +8,7 @@ static int NAME(channels_of)(const Call* call, const Shape* s, NAME(Channels)* c
     T* room = calloc(5 * size, sizeof(T));
     *c = (NAME(Channels)){room, room + size, room + 2 * size, room + 3 * size, room + 4 * size};
     if (!room) return 1;
-    f64 count = call->dx ? at_least_one(*(const f64*)call->count) : 1;
+    f64 count = call->dx ? at_least_one(*(const f64*)call->counted) : 1;
     for (i64 k = 0; k < width; k++) {
         i64 channel = k % call->channels;
         T invstd = ((const T*)call->invstd)[channel];
