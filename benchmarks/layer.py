@@ -91,44 +91,43 @@ def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
         alone = [dist.new_group([r]) for r in range(args.ranks)][rank]
         results = Results(results_path(args, "layer") if rank == 0 else None, COLUMNS, args.append)
         budget = Budget(args.budget)
-        for plan in cpu_plans(args.smoke):
-            if args.only not in str(plan):
+        for plan, op in cpu_plans(args.smoke):
+            if args.only not in f"{plan} {op}":
                 continue
             if agreed(budget.spent()):
-                say(rank, f"out of time: skipped {plan}")
+                say(rank, f"out of time: skipped {plan} {op}")
                 continue
-            compare(plan, rank, args, alone, results)
-            say(rank, f"{plan}: done")
+            compare(plan, op, rank, args, alone, results)
+            say(rank, f"{plan} {op}: done")
     finally:
         dist.destroy_process_group()
 
 
-def compare(plan: Plan, rank: int, args: argparse.Namespace, alone: Any, results: Results) -> None:
-    """Check, time and write one shape, layout and dtype."""
-    case = make_case(plan, CPU, rank)
-    entrants = cpu_variants(case, alone, args.ranks)
-    errors = check_all(plan, case, entrants, rank, args.ranks)
+def compare(plan: Plan, op: str, rank: int, args: argparse.Namespace, alone: Any, results: Results) -> None:
+    """Check, time and write one shape, layout and dtype, of the batch norm or what is fused with it."""
+    fused = op != "bn"
+    case = make_case(plan, CPU, rank, fused)
+    entrants = cpu_variants(case, alone, args.ranks, fused)
+    errors = check_all(plan, case, entrants, rank, args.ranks, fused)
     samplers = {v.name: partial(repetition, v, case) for v in entrants}
     times = slowest(interleave(samplers, args.reps))
     summaries = {key: summarize(seconds) for key, seconds in times.items()}
     where = environment(args.machine, CPU, args.ranks)
-    setting = {"op": "bn", "mode": "eager", "cache": "", "bn_backend": bn_backend(case)}
+    setting = {"op": op, "mode": "eager", "cache": "", "bn_backend": bn_backend(case)}
     write(results, {**where, **setting, **plan_columns(plan)}, summaries, errors)
 
 
-def cpu_variants(case: Case, alone: Any, ranks: int) -> list[variants.Variant]:
-    """Those of the docstring; without peers, those that need none."""
+def cpu_variants(case: Case, alone: Any, ranks: int, fused: bool = False) -> list[variants.Variant]:
+    """Those of the docstring; without peers, those that need none. nn.BatchNorm adds and applies relu if fused."""
     entrants = [
         variants.copy(),
-        variants.variant("nn.BatchNorm", variants.batch_norm(case)),
-        variants.variant("syncbn_alone", variants.ours(case, alone), is_ours=True),
+        variants.variant("nn.BatchNorm", variants.batch_norm(case, fused)),
+        variants.variant("syncbn_alone", variants.ours(case, alone, fused), is_ours=True),
     ]
     if ranks > 1:
-        entrants += [
-            variants.variant("syncbn", variants.ours(case), "global", True),
-            variants.variant("naive_sync", variants.naive_sync(case), "global"),
-            variants.bare_all_reduce(case),
-        ]
+        entrants += [variants.variant("syncbn", variants.ours(case, None, fused), "global", True)]
+        entrants += [] if fused else [variants.variant("naive_sync", variants.naive_sync(case), "global")]
+        entrants += [variants.bare_all_reduce(case)]
     return entrants
 
 

@@ -19,6 +19,8 @@ CPU_SHAPES: tuple[Shape, ...] = (
     (4096, 256),  # an MLP
     (8, 256, 400),  # speech
     (2, 32, 8, 28, 28),  # video
+    (8, 256, 14, 14),  # where the rest of a call begins to count
+    (2, 64, 4, 4),  # and where it is all there is
 )
 SMOKE_SHAPES: tuple[Shape, ...] = ((4, 8, 5, 5), (16, 12))
 
@@ -46,11 +48,12 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d)
 
 
-def cpu_plans(smoke: bool = False) -> list[Plan]:
-    """Every shape and layout in float32, then the first shape in bfloat16."""
+def cpu_plans(smoke: bool = False) -> list[tuple[Plan, str]]:
+    """(plan, op): every shape and layout in float32, then the first shape in bfloat16 and fused."""
     shapes = SMOKE_SHAPES if smoke else CPU_SHAPES
-    plans = [Plan(shape, "float32", layout) for shape in shapes for layout in layouts_of(shape)]
-    return plans + [Plan(shapes[0], "bfloat16", layout) for layout in layouts_of(shapes[0])]
+    plans = [(Plan(shape, "float32", layout), "bn") for shape in shapes for layout in layouts_of(shape)]
+    plans += [(Plan(shapes[0], "bfloat16", layout), "bn") for layout in layouts_of(shapes[0])]
+    return plans + [(Plan(shapes[0], "float32", layout), "bn_add_relu") for layout in layouts_of(shapes[0])]
 
 
 def layouts_of(shape: Shape) -> tuple[str, ...]:
