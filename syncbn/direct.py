@@ -151,7 +151,7 @@ def normalize(
     kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
     if kind is None or momentum is None:
         return None
-    if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
+    if not recompute.is_ordinary() or any([t is not None and t.is_neg() for t in (x, residual, weight, bias)]):
         return None
     if torch._C._are_functorch_transforms_active():  # of other tensors, but `_apply` knows nothing of that
         return None

@@ -145,7 +145,9 @@ def test_a_compiler_that_can_do_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert compiling.compile_library(tmp_path / "lib.so") == ""
-    probe = "import sys, pathlib; from syncbn.backends.cpu_library import Library; print(Library(pathlib.Path(sys.argv[1])))"
+    probe = (
+        "import sys, pathlib; from syncbn.backends import cpu_library as c; print(c.Library(pathlib.Path(sys.argv[1])))"
+    )
     command = [sys.executable, "-c", probe, str(tmp_path / "lib.so")]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert ("one thread" in said) == (lacking != "-mavx2")

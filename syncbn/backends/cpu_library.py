@@ -102,7 +102,7 @@ class Library:
         if fields.split() != [*Alike._fields, *Own._fields] or source != compiling.source():
             raise OSError(f"{path.name} was made of other C files than those that are here")
         self.level = self.use_level(ANY_LEVEL)
-        """Of x86-64, as 3 or 4; 0 is what any processor has."""
+        """3 for what x86-64-v3 has, 0 for what any processor has."""
 
     def __str__(self) -> str:
         level = f"x86-64-v{self.level}" if self.level else platform.machine()

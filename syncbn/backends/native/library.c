@@ -19,7 +19,7 @@ static void forked(void) { is_forked = 1; }
 
 __attribute__((constructor)) static void begin(void) { pthread_atfork(0, 0, forked); }
 
-/* The highest level that this processor has, at most that one: 0 for any processor, 3 and 4 as of x86-64. */
+/* The highest level that this processor has, at most that one: 0 for any processor, 3 for x86-64-v3. */
 int syncbn_use_level(int most) {
     verbs = &verbs_base;
     level = 0;

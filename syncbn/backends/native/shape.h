@@ -12,7 +12,7 @@ enum {
     SUM_COLUMNS = 64,     /* channels of a block of rows, where they are added up: the more rows the better, */
     WIDE_COLUMNS = 256,   /* but not so many that their addresses fall on few cache lines */
     MOST_COLUMNS = 512,   /* channels of a block of rows elsewhere */
-    NARROW = 32,          /* rows of fewer channels are taken several at a time, as one of a multiple of LANES */
+    NARROW = 32,          /* rows of fewer channels are added up LANES at a time */
     TASK = 16 * 1024,     /* elements that are worth a partial sum of their own */
     MOST_TASKS = 64,
     THREAD = 32 * 1024    /* elements that are worth a thread */
@@ -40,7 +40,9 @@ static inline Shape shape_of(const Call* call, int is_sum) {
     Shape s = {.is_rows = call->is_rows, .width = call->channels, .rows = call->samples, .pixels = call->pixels};
     s.elements = call->samples * call->channels * call->pixels;
     if (s.is_rows) {
-        while (call->channels < NARROW && !call->mask && s.width % LANES) s.width += call->channels;
+        int is_narrow = is_sum ? call->channels < NARROW : 2 * call->channels <= MOST_COLUMNS;
+        i64 several = is_sum ? LANES : MOST_COLUMNS / call->channels; /* rows that are taken as one, without a mask */
+        if (is_narrow && !call->mask) s.width *= several;
         i64 columns = is_sum ? at_least(SUM_COLUMNS, at_most(WIDE_COLUMNS, s.width / 8)) : MOST_COLUMNS;
         s.per_block = at_most(columns, s.width);
         s.rows = BLOCK / at_least(SHORT, s.per_block);
