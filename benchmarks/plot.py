@@ -21,6 +21,8 @@ from benchmarks.harness import read_rows
 
 Row = dict[str, str]
 COLOURS = ("#888888", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+MOST_LINEAR = 50.0
+"""Times of the copy's beyond which an axis is logarithmic, as of inputs that a copy takes microseconds for."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,6 +61,8 @@ def layer(rows: list[Row]) -> Any:
             _bars(axis, name, part, shapes, at, len(names))
         axis.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right", rotation_mode="anchor")
         axis.set_ylabel(f"{layout}\ntime / time of two copies")
+        if axis.get_ylim()[1] > MOST_LINEAR:
+            axis.set_yscale("log")
     axes[0, 0].legend(ncols=6, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.suptitle(f"Forward + backward of one layer, median and 20/80 percentiles\n{_caption(first, fixed)}")
     return figure
