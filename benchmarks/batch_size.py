@@ -25,7 +25,8 @@ NORMS = ("batch", "syncbn", "group", "instance")
 SIZES = (16, 8, 4, 2, 1)
 COLUMNS = ("machine", "torch", "commit", "data", "norm", "seed", "ranks", "batch_per_rank", "epochs")
 COLUMNS += ("accuracy", "loss", "recomputed_accuracy", "recomputed_loss")
-SETTING = ("norm", "batch_per_rank", "seed")
+SETTING = ("norm", "batch_per_rank", "seed", "epochs", "ranks")
+"""Columns that tell one run from another."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +66,7 @@ def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
     dist.broadcast_object_list(done, 0)
     try:
         for norm, size, seed in settings(args):
-            if (norm, str(size), str(seed)) not in done[0]:
+            if (norm, *map(str, (size, seed, args.epochs, args.ranks))) not in done[0]:
                 row = trained(norm, size, seed, args, me)
                 if rank == 0:
                     results.add(row | {"machine": args.machine})

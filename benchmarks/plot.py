@@ -156,13 +156,13 @@ def batch_size(rows: list[Row]) -> Any:
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     sizes = sorted({int(row["batch_per_rank"]) for row in rows})
     for colour, (norm, column, label, style) in zip(COLOURS[1:], lines, strict=False):
-        at = [
-            [100 - 100 * float(r[column]) for r in rows if (r["norm"], r["batch_per_rank"]) == (norm, str(s))]
-            for s in sizes
-        ]
-        means = [sum(values) / len(values) for values in at]
-        axis.plot(sizes, means, style, marker="o", markersize=3, color=colour, label=label)
-        axis.fill_between(sizes, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, lw=0)
+        measured = [row for row in rows if row["norm"] == norm and row[column]]  # a run may have been interrupted
+        at = {s: [100 - 100 * float(r[column]) for r in measured if int(r["batch_per_rank"]) == s] for s in sizes}
+        at = {s: errors for s, errors in at.items() if errors}
+        means = [sum(errors) / len(errors) for errors in at.values()]
+        axis.plot(list(at), means, style, marker="o", markersize=3, color=colour, label=label)
+        extremes = list(map(min, at.values())), list(map(max, at.values()))
+        axis.fill_between(list(at), *extremes, color=colour, alpha=0.15, lw=0)
     axis.set_yscale("log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])

@@ -16,6 +16,7 @@ fit what is sampled.
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -53,6 +54,8 @@ def main() -> None:
         data = load("digits", "")
     except ImportError as error:
         fail(f"The digits come with scikit-learn; it cannot be imported ({error}). Install syncbn[train].")
+    if find_spec("matplotlib") is None:
+        fail("The picture at the end is drawn with matplotlib, which is not installed. Install syncbn[train].")
     me = join()
     norms = ("syncbn", "batch", "none") if args.all else (args.norm,)
     local = {"log_file": None, "save": None, "png": None}
@@ -63,8 +66,9 @@ def main() -> None:
         print(f"{', '.join(norms)} on {me.world} x {args.batch_size} images a step ({where}); {sizes}", flush=True)
     outcomes = [run(norm, data, args, me) for norm in norms]
     if me.rank == 0:
+        print(f"\n{table([row for row, _ in outcomes])}\n", flush=True)
         draw(args.png, data, {row["norm"]: pictures for row, pictures in outcomes})
-        print(f"\n{table([row for row, _ in outcomes])}\n\npicture: {args.png}", flush=True)
+        print(f"picture: {args.png}", flush=True)
     if me.backend is not None:
         leave()
 

@@ -3,6 +3,7 @@
 Those that only a GPU needs: test_benchmarks_gpu_sh.py.
 """
 
+import csv
 import os
 import subprocess
 import sys
@@ -94,7 +95,9 @@ def test_a_variant_has_one_colour() -> None:
 
 
 def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Each norm has a row, those of batch norm with recomputed statistics; --append adds what is missing; it draws."""
+    """Each norm has a row, those of batch norm with recomputed statistics; --append adds what is missing, or was trained
+    for another number of epochs; it draws as much as there is.
+    """
     plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
     options = ["--smoke", "--machine", "here", "--out", str(tmp_path)]
     command = (sys.executable, "-m", "benchmarks.batch_size", *options)
@@ -105,11 +108,14 @@ def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [row["norm"] for row in rows] == list(batch_size.NORMS)
     assert [bool(row["recomputed_accuracy"]) for row in rows] == [True, True, False, False]
     assert all(0 < float(row["accuracy"]) <= 1 for row in rows)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, batch_size.COLUMNS)
+        writer.writeheader()
+        writer.writerows([rows[0] | {"epochs": "7"}, *rows[1:3]])
+    plot.main([str(path), str(tmp_path / "sizes.png")])
     run(*command, "--append")
     again = harness.read_rows(path)
-    assert [row["norm"] for row in again] == list(batch_size.NORMS)
-    assert again[:3] == rows[:3]
+    assert [(row["norm"], row["epochs"]) for row in again[3:]] == [("batch", "1"), ("instance", "1")]
+    assert again[1:3] == rows[1:3]
     plot.main([str(path), str(tmp_path / "sizes.png")])
     assert (tmp_path / "sizes.png").stat().st_size > 1000

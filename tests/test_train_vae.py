@@ -117,3 +117,14 @@ def test_a_wrong_option_is_one_message() -> None:
     """With the script's name, and exit status 2."""
     done = run(sys.executable, SCRIPT, "--norm", "group", code=2)
     assert done.stderr.startswith("train_vae.py: error: argument --norm: invalid choice: 'group'")
+
+
+def test_what_the_picture_needs_is_asked_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Without matplotlib it ends with code 2 before it trains, not with a traceback after that."""
+    script = launched("train_vae")
+    monkeypatch.setattr(sys, "argv", ["train_vae.py"])
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "matplotlib, which is not installed" in capsys.readouterr().err
