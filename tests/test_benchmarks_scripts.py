@@ -95,7 +95,7 @@ def test_a_variant_has_one_colour() -> None:
 
 
 def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Each norm has a row, those of batch norm with recomputed statistics; --append adds what is missing, or was trained
+    """Each norm has a row, those of batch norm with recomputed statistics; --append adds what is missing or was trained
     for another number of epochs; it draws as much as there is.
     """
     plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
