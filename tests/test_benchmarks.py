@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import compile, every_kernel, harness, host, kernels, layer, resnet, shapes, step, variants, wire
 from benchmarks.checking import check, make_case, oracle
 from benchmarks.shapes import Plan
+from tests.native import ON_CPU
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -210,7 +211,7 @@ def test_every_kernel_counts_its_calls(monkeypatch: pytest.MonkeyPatch, capsys: 
         every_kernel.main(["--smoke", "--device", "cpu", "--budget", "0.1"])
     said = capsys.readouterr().err
     assert len(calls) == 18
-    assert "18 of 18 calls, back-end cpu" in said
+    assert f"18 of 18 calls, back-end {ON_CPU}" in said
     assert "made 18 calls of all verbs, 1 wrong, error at most 5.0e-01" in said
 
 

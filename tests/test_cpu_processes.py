@@ -149,6 +149,7 @@ def allocated(layer: torch.nn.Module, x: Tensor) -> int:
     return most
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11, whatever is recorded
 def test_no_more_memory_than_torchs_layer() -> None:
     """A forward and backward hold what nn.BatchNorm2d's does at most, and some numbers for each channel."""
     x = torch.randn(SHAPE, requires_grad=True)
