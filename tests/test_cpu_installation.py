@@ -54,7 +54,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(copy, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), compiler=False)
     (made,) = folder.glob("*.tar.gz")
     with tarfile.open(made) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return next(folder.glob("syncbn-*/"))
 
 

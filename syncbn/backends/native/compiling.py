@@ -19,10 +19,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = HERE / "syncbn_cpu.so"
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w")
-
 """No fused and no reordered arithmetic: every instruction set gives the same bits, NaN and infinity stay."""
-V3 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c", "-mlzcnt", "-mmovbe")
-"""What x86-64-v3 stands for, in words that every compiler knows."""
+V3 = ("-mavx2", "-mfma", "-mf16c")
+"""What is used of x86-64-v3, in words that every compiler knows."""
+WHOLE = ("-shared", "-Wl,-z,defs") if sys.platform == "linux" else ("-shared",)
+"""A library, and an error where it lacks something."""
 SECONDS = 120
 """What a compiler is given."""
 
@@ -42,7 +43,7 @@ def compile_library(target: Path = LIBRARY, flags: Iterable[str] = ()) -> str:
             command, made = [*compiler, *FLAGS, *flags], Path(folder, LIBRARY.name)
             beside = target.with_name(f"{target.name}.{os.getpid()}")
             try:
-                _run([[*command, "-shared", *objects(command, Path(folder)), "-o", str(made)]])
+                _run([[*command, *WHOLE, *objects(command, Path(folder)), "-o", str(made)]])
                 shutil.copy(made, beside)
                 os.replace(beside, target)
             except (Failed, OSError) as error:
@@ -89,11 +90,11 @@ def objects(command: list[str], folder: Path) -> list[str]:
 
 
 def _works(command: list[str], folder: Path) -> bool:
-    """Whether these flags make a library."""
+    """Whether these flags make a library that lacks nothing: some compilers know -fopenmp, and have no OpenMP."""
     tiny = folder / "tiny.c"
-    tiny.write_text("int one(void) { return 1; }\n")
+    tiny.write_text("int one(void) {\n    int one = 0;\n#pragma omp parallel\n    one = 1;\n    return one;\n}\n")
     try:
-        _run([[*command, "-shared", str(tiny), "-o", str(folder / "tiny.so")]])
+        _run([[*command, *WHOLE, str(tiny), "-o", str(folder / "tiny.so")]])
     except Failed:
         return False
     return True
