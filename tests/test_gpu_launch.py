@@ -10,6 +10,7 @@ import torch
 
 from syncbn import backends
 from syncbn.backends import gpu_launch, gpu_workspace
+from tests.native import ON_CPU
 
 
 class Recorder:
@@ -84,7 +85,7 @@ def test_cuda_tensors_take_these_kernels() -> None:
     pytest.importorskip("triton", reason="triton is made for Linux only")
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert backends.name_for(fake("cuda", dtype)) == "gpu"
-    assert backends.name_for(fake("cpu")) == "cpu"
+    assert backends.name_for(fake("cpu")) == ON_CPU
 
 
 def test_the_slow_path_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
