@@ -151,7 +151,9 @@ def normalize(
     kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
     if kind is None or momentum is None:
         return None
-    if not recompute.is_ordinary() or any([t is not None and t.is_neg() for t in (x, residual, weight, bias)]):
+    if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
+        return None
+    if (weight is not None and weight.is_neg()) or (bias is not None and bias.is_neg()):
         return None
     if torch._C._are_functorch_transforms_active():  # of other tensors, but `_apply` knows nothing of that
         return None
@@ -168,7 +170,8 @@ def normalize(
         return None
     now = (work, group, label, eps, launches.halves(eps, momentum), addresses)
     y: Tensor = _apply(x, weight, bias, residual, kind, now)  # type: ignore[no-untyped-call]  # torch's own
-    changed(mean, var, tracked)
+    if mean is not None:
+        changed(mean, var, tracked)
     return y
 
 
