@@ -151,8 +151,9 @@ def library() -> Library | None:
     return found()[0]
 
 
+@functools.cache
 def verb(name: str) -> Callable[[bytes], None]:
-    """One of the library's, which takes the fields of `Call`; other Python threads run while it does."""
+    """One of the library's, made once, which takes the fields of `Call`; other Python threads run while it does."""
     loaded, way = found()
     if loaded is None:
         raise RuntimeError(f"There is no CPU library here that could be forced to serve, but {way}.")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ class Failed(Exception):
     """A compiler's, with what it said."""
 
 
-def compile_library(target: Path = LIBRARY, flags: Iterable[str] = ()) -> str:
+def compile_library(target: Path = LIBRARY) -> str:
     """Make the library with the first compiler that can; why there is none, or nothing.
 
     What is at target is replaced when the new one is complete; a process that has loaded it keeps the old.
@@ -40,7 +40,7 @@ def compile_library(target: Path = LIBRARY, flags: Iterable[str] = ()) -> str:
     reasons = []
     for compiler in compilers():
         with tempfile.TemporaryDirectory() as folder:
-            command, made = [*compiler, *FLAGS, *flags], Path(folder, LIBRARY.name)
+            command, made = [*compiler, *FLAGS], Path(folder, LIBRARY.name)
             beside = target.with_name(f"{target.name}.{os.getpid()}")
             try:
                 _run([[*command, *WHOLE, *objects(command, Path(folder)), "-o", str(made)]])

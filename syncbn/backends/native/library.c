@@ -24,7 +24,7 @@ static int has_v3(void) {
 #endif
 
 static const Verbs* verbs = &verbs_base;
-static int level = 0, is_forked = 0;
+static int is_forked = 0;
 
 /* The threads of a team do not outlive a fork, and whoever counts on them waits for ever. */
 static void forked(void) { is_forked = 1; }
@@ -34,12 +34,11 @@ __attribute__((constructor)) static void begin(void) { pthread_atfork(0, 0, fork
 /* The highest level that this processor has, at most that one: 0 for any processor, 3 for x86-64-v3. */
 int syncbn_use_level(int most) {
     verbs = &verbs_base;
-    level = 0;
 #ifdef WITH_LEVELS
-    if (most >= 3 && has_v3()) verbs = &verbs_v3, level = 3;
+    if (most >= 3 && has_v3()) verbs = &verbs_v3;
 #endif
     (void)most;
-    return level;
+    return verbs == &verbs_base ? 0 : 3;
 }
 
 #define AS_NAME(name) #name " "
