@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.shapes import DTYPES, Plan, in_layout
-from tests.oracle import UNIT, error
+from tests.support.oracle import UNIT, error
 
 EPS = 1e-5
 CLEAR_OF_ZERO = 0.5

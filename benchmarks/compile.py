@@ -55,8 +55,8 @@ from benchmarks.layer import agreed, say, slowest
 from benchmarks.resilience import report
 from benchmarks.resnet import NORMS, ResNet50
 from benchmarks.step import GRADIENT, LOGITS, Batch
-from tests.oracle import error
-from tests.ranks import Collectives
+from tests.support.oracle import error
+from tests.support.ranks import Collectives
 
 COLUMNS = (
     *ENVIRONMENT,

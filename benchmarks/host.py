@@ -37,7 +37,7 @@ from benchmarks.harness import (
     summarize,
 )
 from syncbn import backends
-from tests import stub_device
+from tests.support import stub_device
 
 COLUMNS = (
     *ENVIRONMENT,

@@ -28,8 +28,8 @@ from benchmarks.harness import Budget, cores
 from benchmarks.resilience import MOST_SHOWN
 from benchmarks.shapes import DTYPES, gpu_plans, layer_plans, resnet50_norms
 from syncbn.backends import Epilogue, Running, gpu, gpu_launch
-from tests.gpu_compile import compile_for
-from tests.oracle import ACTIVATIONS, in_layout
+from tests.support.gpu_compile import compile_for
+from tests.support.oracle import ACTIVATIONS, in_layout
 
 WITHOUT_DEVICE = 90
 TEST_SHAPES = ((8, 64, 56, 56), (8, 512, 7, 7), (8, 3, 33, 31), (512, 1001))

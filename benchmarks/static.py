@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks.harness import RESULTS, Results, commit
-from tests.machine_code import ARCHITECTURES, MachineCode, read
+from tests.support.machine_code import ARCHITECTURES, MachineCode, read
 
 if TYPE_CHECKING:
-    from tests.gpu_compile import Launch
+    from tests.support.gpu_compile import Launch
 
 SMS = 132
 """Of an H100 or H200; the plans, made without a device, are for as many."""
@@ -81,7 +81,7 @@ class Call(NamedTuple):
 
     def launches(self) -> list["Launch"]:
         """Those of its four verbs; of the three that an epilogue changes, if it has one."""
-        from tests.gpu_compile import recorded
+        from tests.support.gpu_compile import recorded
 
         fused: dict[str, Any] = {"activation": "relu", "residual": True} if self.epilogue == "add_relu" else {}
         shape = tuple(map(int, self.shape.split("x")))
@@ -140,7 +140,7 @@ class Compiler:
         self._known: dict[Any, MachineCode] = {}
 
     def __call__(self, launch: "Launch") -> MachineCode:
-        from tests.gpu_compile import TARGETS, compile_for, options_of
+        from tests.support.gpu_compile import TARGETS, compile_for, options_of
 
         kernel, _, pointers, numbers = launch
         options = options_of(kernel)
@@ -154,7 +154,7 @@ class Compiler:
 
 def measured(launch: "Launch", code: MachineCode, target: str) -> dict[str, Any]:
     """The columns that are read from machine code and plan."""
-    from tests.gpu_compile import options_of
+    from tests.support.gpu_compile import options_of
 
     threads = 32 * options_of(launch.kernel)["num_warps"]
     work = work_of(launch)

@@ -52,7 +52,7 @@ from benchmarks.harness import (
 from benchmarks.layer_gpu import alone
 from benchmarks.resilience import parsed, report, through
 from benchmarks.resnet import NORMS, build
-from tests.oracle import error
+from tests.support.oracle import error
 
 COLUMNS = (
     *ENVIRONMENT,

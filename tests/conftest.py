@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 torch.set_num_threads(1)
 
 LONG = (
-    *("gpu_interpreter", "benchmarks_gpu_sh", "compile_company", "restarts", "gpu_compile", "launch", "train"),
+    *("gpu_interpreter", "benchmarks_gpu_sh", "compile_training", "restarts", "gpu_compile", "launch", "train"),
     *("compile", "watch", "benchmarks_scripts", "gpu_budget", "integrations", "double_backward", "bad_inputs"),
-    *("tracing", "faults", "ranks", "numbers", "benchmarks_resilience", "selfcheck"),
+    *("tracing", "faults", "support_ranks", "eps_and_momentum", "benchmarks_resilience", "selfcheck"),
 )
 """Files that take longest, in that order."""
 

@@ -2,7 +2,7 @@
 # Lint, types and the whole suite, in a .venv that it makes itself. Arguments go to pytest: bash tests/run.sh -k mask
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh" test
-# timm asks for torchvision, of which there is no CPU build; its models need none, see tests/fake_torchvision.py
+# timm asks for torchvision, of which there is no CPU build; its models need none, see tests/support/fake_torchvision.py
 python -m pip install --quiet --disable-pip-version-check --no-deps --constraint launch/constraints.txt timm
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' ranks are processes; more threads only fight for cores
 ruff format --check .

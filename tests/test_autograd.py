@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import syncbn
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def _collectives(fn) -> int:

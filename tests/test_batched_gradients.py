@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import backends, composed
-from tests.cases import let_torch_warn_of_itself
-from tests.native import ON_CPU
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.cpu_backends import ON_CPU
+from tests.support.layer_runs import let_torch_warn_of_itself
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 EXACT = UNIT[torch.float64]
 N, C, COTANGENTS = 3, 2, 4

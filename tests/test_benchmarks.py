@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import compile, every_kernel, harness, host, kernels, layer, resnet, shapes, step, variants, wire
 from benchmarks.checking import check, make_case, oracle
 from benchmarks.shapes import Plan
-from tests.native import ON_CPU
+from tests.support.cpu_backends import ON_CPU
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

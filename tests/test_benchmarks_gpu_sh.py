@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import harness, host, kernels, step
-from tests import stub_device
+from tests.support import stub_device
 
 ROOT = Path(__file__).parent.parent
 FIRST = {

@@ -24,7 +24,7 @@ from syncbn.autograd import NormalizeBatch, Options
 from syncbn.backends import Running, gpu
 from syncbn.backends.recent import Recent
 from tests import test_gpu_device
-from tests.oracle import in_layout
+from tests.support.oracle import in_layout
 
 ROOT = Path(__file__).parent.parent
 PLANS = [Plan((2, 256, 200, 336), "bfloat16", "channels_last"), Plan((32, 512, 28, 28), "float16", "contiguous")]

@@ -2,18 +2,18 @@
 
 import pytest
 
-from tests import astray
-from tests.faults import WITHIN, named, strike, unmoved
+from tests.support import wrong_ranks
+from tests.support.faults import WITHIN, named, strike, unmoved
 
 CHECKED = [
-    astray.skips,
-    astray.skips_another_size,
-    astray.calls_twice,
-    astray.one_goes_back,
-    astray.has_more_channels,
-    astray.has_another_activation,
+    wrong_ranks.skips,
+    wrong_ranks.skips_another_size,
+    wrong_ranks.calls_twice,
+    wrong_ranks.one_goes_back,
+    wrong_ranks.has_more_channels,
+    wrong_ranks.has_another_activation,
 ]
-CHECKED += [astray.has_another_dtype, astray.needs_no_gradient, astray.goes_back_in_another_order]
+CHECKED += [wrong_ranks.has_another_dtype, wrong_ranks.needs_no_gradient, wrong_ranks.goes_back_in_another_order]
 
 
 @pytest.mark.parametrize("fault", CHECKED)
@@ -22,11 +22,16 @@ def test_check_mode_finds_it_before_anything_is_sent(fault: object) -> None:
     for said in (faulty := strike(fault, 3, SYNCBN_CHECK="1")):
         named(said, "RuntimeError", "in check mode", "rank 0: '", "rank 1: '", "rank 2: '", "Nothing was sent")
         assert said.exit == 1
-    if fault in (astray.skips, astray.skips_another_size, astray.has_another_dtype, astray.needs_no_gradient):
+    if fault in (
+        wrong_ranks.skips,
+        wrong_ranks.skips_another_size,
+        wrong_ranks.has_another_dtype,
+        wrong_ranks.needs_no_gradient,
+    ):
         unmoved(faulty)
 
 
-@pytest.mark.parametrize("fault", [astray.validates_in_train_mode, astray.is_stuck_in_its_loader])
+@pytest.mark.parametrize("fault", [wrong_ranks.validates_in_train_mode, wrong_ranks.is_stuck_in_its_loader])
 def test_check_mode_waits_no_longer_than_the_patience(fault: object) -> None:
     """A rank that does not come is an error that says where it is."""
     first, _ = strike(fault, within=WITHIN, SYNCBN_CHECK="1")

@@ -15,9 +15,20 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import syncbn
-from tests.nets import sums_taken
-from tests.ranks import Collectives, RankPool
-from tests.regions import WRAPS, Net, Region, Reversible, Wrap, assert_equal_bits, by_hooks, plain, reentrant, step
+from tests.support.checkpointed_net import (
+    WRAPS,
+    Net,
+    Region,
+    Reversible,
+    Wrap,
+    assert_equal_bits,
+    by_hooks,
+    plain,
+    reentrant,
+    step,
+)
+from tests.support.nets import sums_taken
+from tests.support.ranks import Collectives, RankPool
 
 
 def _as_without(wrap: str, nested: bool) -> None:

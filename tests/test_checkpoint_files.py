@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import FROM_A_LAUNCHER, content, epochs_of, files, forget_launched, launched, write_cifar10
+from tests.support.launching import FROM_A_LAUNCHER, content, epochs_of, files, forget_launched, launched, write_cifar10
 
 EPOCHS = 3
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import syncbn
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 X = (2, 3, 4, 4)
 WRONG: dict[str, tuple[type[Exception], str, tuple[int, ...], torch.dtype, dict[str, Any]]] = {

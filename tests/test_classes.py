@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 from syncbn import classes
-from tests.layers import PLAIN, SHAPES
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
+from tests.support.layers import PLAIN, SHAPES
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
 
 BUILT = {1: syncbn.SyncBatchNorm1d, 2: syncbn.SyncBatchNorm2d, 3: syncbn.SyncBatchNorm3d}
 of_a_rank = pytest.mark.parametrize("rank", [1, 2, 3])

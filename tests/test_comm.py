@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn import comm
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def test_alone_means_no_peers() -> None:

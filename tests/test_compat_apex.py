@@ -6,8 +6,8 @@ from torch import nn
 
 import syncbn
 from syncbn.compat import apex
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
 
 
 @pytest.mark.parametrize("channel_last", [False, True])

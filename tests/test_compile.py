@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import syncbn
-from tests.cases import check, compiled, generates, let_torch_warn_of_itself
-from tests.nets import Net, assert_same_state, assert_step, batch
-from tests.oracle import UNIT, Case, error, in_layout
-from tests.ranks import Collectives, RankPool
+from tests.support.layer_runs import check, compiled, generates, let_torch_warn_of_itself
+from tests.support.nets import Net, assert_same_state, assert_step, batch
+from tests.support.oracle import UNIT, Case, error, in_layout
+from tests.support.ranks import Collectives, RankPool
 
 EVEN, UNEVEN, EMPTY = ((4, 5, 6, 7),) * 2, ((4, 5, 6, 7), (1, 5, 3, 9)), ((4, 5, 6, 7), (0, 5, 6, 7))
 SEQUENCE, VOLUME, VECTOR = ((3, 5, 8), (2, 5, 8)), ((2, 5, 3, 4, 2), (3, 5, 3, 4, 2)), ((6, 5), (9, 5))

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
 import syncbn
-from tests.layers import PLAIN, SHAPES, Squared, Tagged, model
-from tests.ranks import RankPool
+from tests.support.layers import PLAIN, SHAPES, Squared, Tagged, model
+from tests.support.ranks import RankPool
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

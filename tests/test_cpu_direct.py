@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn import direct
-from tests.native import needs_library
+from tests.support.cpu_backends import needs_library
 
 pytestmark = needs_library
 SHAPES: dict[str, tuple[tuple[int, ...], bool]] = {

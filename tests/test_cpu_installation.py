@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from syncbn.backends.native import compiling
-from tests.native import HAS_LIBRARY
+from tests.support.cpu_backends import HAS_LIBRARY
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = f"syncbn/backends/native/{compiling.LIBRARY.name}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from syncbn.backends import cpu_library
 from syncbn.backends.cpu_library import Library, address, address_like
 from syncbn.backends.native import compiling
-from tests.native import needs_library
+from tests.support.cpu_backends import needs_library
 
 ROOT = Path(__file__).parent.parent
 PROBE = """

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from syncbn.backends import ACTIVATIONS, Epilogue, Running, cpu, cpu_library, reference
-from tests.native import needs_library
+from tests.support.cpu_backends import needs_library
 
 pytestmark = needs_library
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

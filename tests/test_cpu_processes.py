@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import syncbn
 from syncbn.backends import cpu_library
-from tests.native import needs_library
+from tests.support.cpu_backends import needs_library
 
 pytestmark = needs_library
 SHAPE = (8, 64, 40, 40)

@@ -10,7 +10,7 @@ import pytest
 
 from syncbn.backends.native import compiling
 
-FUZZ = Path(__file__).with_name("cpu_fuzz.c")
+FUZZ = Path(__file__).parent / "support" / "cpu_fuzz.c"
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 

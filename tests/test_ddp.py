@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from tests.nets import sums_taken
-from tests.oracle import error
-from tests.ranks import RankPool
+from tests.support.nets import sums_taken
+from tests.support.oracle import error
+from tests.support.ranks import RankPool
 
 STEPS, PER_RANK = 10, 3
 FLAGS = ("static_graph", "gradient_as_bucket_view")

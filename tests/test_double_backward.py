@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import syncbn
 from syncbn import composed
 from syncbn.functional import sync_batch_norm
-from tests.oracle import ACTIVATIONS, UNIT, error
-from tests.ranks import Collectives, RankPool
-from tests.whole import part, shared, whole
+from tests.support.global_batch import part, shared, whole
+from tests.support.oracle import ACTIVATIONS, UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 EPILOGUES = [(activation, fused, fused) for activation, fused in itertools.product(ACTIVATIONS, (False, True))]
 EPILOGUES += [(None, True, False), ("relu", False, True)]

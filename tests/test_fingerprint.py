@@ -15,7 +15,7 @@ from syncbn import calls, fingerprint
 from syncbn.backends.reference import stamped
 from syncbn.fingerprint import MOST, Found, Other
 from syncbn.names import BACKWARD, FORWARD, Label, numbered
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 TAGS = st.integers(1, MOST - 1)
 

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize, prune
 
 import syncbn
 from syncbn import classes
-from tests.layers import PLAIN, SHAPES, model, reparametrized
-from tests.ranks import RankPool
+from tests.support.layers import PLAIN, SHAPES, model, reparametrized
+from tests.support.ranks import RankPool
 
 
 @pytest.mark.parametrize("convert", [False, True])

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 import syncbn
 from syncbn import classes
-from tests.nets import Net, batch, sums_taken
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
+from tests.support.nets import Net, batch, sums_taken
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
 from tests.test_ddp import Net as ExactNet
 from tests.test_ddp import assert_equal, batches, build, loss_of, train_alone
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.functional import sync_batch_norm
-from tests.cases import let_torch_warn_of_itself
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.layer_runs import let_torch_warn_of_itself
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 EXACT = UNIT[torch.float64]
 

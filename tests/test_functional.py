@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import syncbn
 from syncbn.functional import sync_batch_norm
-from tests.oracle import UNIT, error
+from tests.support.oracle import UNIT, error
 
 
 @pytest.fixture

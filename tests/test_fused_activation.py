@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import syncbn
-from tests.cases import compiled as compiled_whole
-from tests.fake_torchvision import timm
-from tests.oracle import UNIT, error
+from tests.support.fake_torchvision import timm
+from tests.support.layer_runs import compiled as compiled_whole
+from tests.support.oracle import UNIT, error
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # timm's own warnings about itself
 Heard = list[str]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import syncbn
-from tests.fake_torchvision import timm
-from tests.layers import Tagged
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.fake_torchvision import timm
+from tests.support.layers import Tagged
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 EXACT = UNIT[torch.float64]
 

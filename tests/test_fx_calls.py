@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import syncbn
 from syncbn.functional import sync_batch_norm
-from tests.oracle import error
-from tests.ranks import Collectives, RankPool
+from tests.support.oracle import error
+from tests.support.ranks import Collectives, RankPool
 from tests.test_fx import COPIES, EXACT, batch
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import syncbn
-from tests.oracle import error
+from tests.support.oracle import error
 from tests.test_fx import EXACT, LAYERS, batch
 
 

@@ -23,7 +23,7 @@ SCALAR_REGISTERS = 255
 def compiled(*targets: str) -> list[dict[str, Any]]:
     """One row a kernel and target; in a process of its own, since Triton may be interpreting in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.gpu_compile", *targets]
+    command = [sys.executable, "-W", "error", "-m", "tests.support.gpu_compile", *targets]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

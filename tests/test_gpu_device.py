@@ -8,9 +8,9 @@ import torch
 import syncbn
 from syncbn import backends
 from syncbn.backends import reference
-from tests.gpu_device import no_synchronization, run_on_cuda
-from tests.oracle import ACTIVATIONS, Case, compare
-from tests.ranks import RankPool
+from tests.support.gpu_device import no_synchronization, run_on_cuda
+from tests.support.oracle import ACTIVATIONS, Case, compare
+from tests.support.ranks import RankPool
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn import comm, progress
-from tests.faults import Run, Said, strike
+from tests.support.faults import Run, Said, strike
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu_interpreter import Interpreter, check_copies, check_negated, check_ranks, check_reduction, check_share
-from tests.oracle import ACTIVATIONS, Case
+from tests.support.gpu_interpreter import (
+    Interpreter,
+    check_copies,
+    check_negated,
+    check_ranks,
+    check_reduction,
+    check_share,
+)
+from tests.support.oracle import ACTIVATIONS, Case
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from syncbn.fingerprint import MOST, VOTE
-from tests.gpu_interpreter import Interpreter
-from tests.gpu_reports import Mark, Setting, reports, wires
-from tests.test_statistics import BAD, GUARDED, Guarded, check_guard, check_no_guard
+from tests.support.gpu_interpreter import Interpreter
+from tests.support.gpu_reports import Mark, Setting, reports, wires
+from tests.test_batch_statistics import BAD, GUARDED, Guarded, check_guard, check_no_guard
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import gpu_jobs
-from tests.cases import run_case
-from tests.gpu_interpreter import Interpreter
-from tests.oracle import Case, compare
+from tests.support import gpu_jobs
+from tests.support.gpu_interpreter import Interpreter
+from tests.support.layer_runs import run_case
+from tests.support.oracle import Case, compare
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 

@@ -10,7 +10,7 @@ import torch
 
 from syncbn import backends
 from syncbn.backends import gpu_launch, gpu_workspace
-from tests.native import ON_CPU
+from tests.support.cpu_backends import ON_CPU
 
 
 class Recorder:

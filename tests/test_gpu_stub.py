@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import stub_device, stub_direct_jobs, stub_jobs
-from tests.stub_jobs import Given
-from tests.triton_process import TritonProcess
+from tests.support import stub_device, stub_direct_jobs, stub_jobs
+from tests.support.stub_jobs import Given
+from tests.support.triton_process import TritonProcess
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def _scopes() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
-from tests.fake_torchvision import timm
+from tests.support.fake_torchvision import timm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries' own warnings about themselves
 TIMM = ("resnet18", "efficientnet_b0", "mobilenetv3_small_050", "regnety_002", "densenet121", "res2net50_14w_8s")
@@ -118,8 +118,8 @@ def test_timms_activation_and_drop(act: type, fused: bool, drop: bool) -> None:
 def test_lightning(tmp_path: Path) -> None:
     """Two Lightning processes with the plugin share statistics while they fit, and get their classes back."""
     pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
-    script = Path(__file__).parent / "lightning_fit.py"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    script = Path(__file__).parent / "support" / "lightning_fit.py"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 SHAPES = [(4, 3, 5, 5), (4, 3, 5, 5), (7, 3, 2, 6), (1, 3, 1, 9), (2, 3, 8, 8)]
 """Of the calls of a traced net, the first that of the trace; others more than once, for what TorchScript optimizes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import LAUNCH, ROOT, environment, run, write_cifar10
+from tests.support.launching import LAUNCH, ROOT, environment, run, write_cifar10
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / "tests" / "run.sh"])
 NODES = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import syncbn
 from syncbn import comm
-from tests.ranks import Collectives, RankPool
+from tests.support.ranks import Collectives, RankPool
 
 
 class Pair(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 from tests.test_loader import Pair, batches, usable
 
 

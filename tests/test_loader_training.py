@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from tests.oracle import error
-from tests.ranks import RankPool
+from tests.support.oracle import error
+from tests.support.ranks import RankPool
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 Batch = tuple[Tensor, Tensor]

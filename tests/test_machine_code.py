@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.machine_code import ARCHITECTURES, MachineCode, parse
+from tests.support.machine_code import ARCHITECTURES, MachineCode, parse
 
 SM_90 = ARCHITECTURES["sm_90"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import syncbn
 from syncbn import backends
-from tests.native import BACKENDS
+from tests.support.cpu_backends import BACKENDS
 
 CONFIGURATIONS = [
     {},

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from syncbn import backends, comm, direct
 from syncbn.backends import Epilogue, Running
-from tests import test_statistics
-from tests.cases import check, run_case
-from tests.native import ON_CPU
-from tests.oracle import Case, Outcome
-from tests.ranks import RankPool
+from tests import test_batch_statistics
+from tests.support.cpu_backends import ON_CPU
+from tests.support.layer_runs import check, run_case
+from tests.support.oracle import Case, Outcome
+from tests.support.ranks import RankPool
 
 CASE = Case(((4, 5, 6, 7), (2, 5, 3, 9)), torch.float32)
 verbs = backends._load(ON_CPU)
@@ -89,9 +89,9 @@ def test_a_defect_is_caught(ranks: RankPool, mutate: Callable[[], None]) -> None
 def test_float32_raw_sums_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that pass through float32 fail the test of the variance far from zero, already at mean/std = 100."""
     arguments = (ON_CPU, (16, 3, 24, 24), None, 1e2)
-    test_statistics.test_variance_is_exact_far_from_zero(*arguments)
+    test_batch_statistics.test_variance_is_exact_far_from_zero(*arguments)
     original = verbs.batch_sums
     monkeypatch.setattr(direct, "normalize", lambda *_: None)
     monkeypatch.setattr(verbs, "batch_sums", lambda x, mask, tag: original(x, mask, tag).float().double())
     with pytest.raises(AssertionError):
-        test_statistics.test_variance_is_exact_far_from_zero(*arguments)
+        test_batch_statistics.test_variance_is_exact_far_from_zero(*arguments)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.names import Label
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def model() -> nn.Module:

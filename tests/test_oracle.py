@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from tests.cases import check
-from tests.native import BACKENDS
-from tests.oracle import Case
-from tests.ranks import RankPool
+from tests.support.cpu_backends import BACKENDS
+from tests.support.layer_runs import check
+from tests.support.oracle import Case
+from tests.support.ranks import RankPool
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EVEN = ((4, 5, 6, 7),) * 2

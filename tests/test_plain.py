@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 import syncbn
 from syncbn import classes
-from tests.layers import reparametrized
+from tests.support.layers import reparametrized
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(5))
 

@@ -10,7 +10,7 @@ from syncbn import calls, mixups, progress, watch
 from syncbn.backends import gpu_report
 from syncbn.names import FORWARD, Call, Label
 from syncbn.progress import Progress
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.compat import apex
-from tests.cases import let_torch_warn_of_itself
-from tests.oracle import error
-from tests.ranks import RankPool
+from tests.support.layer_runs import let_torch_warn_of_itself
+from tests.support.oracle import error
+from tests.support.ranks import RankPool
 
 Sizes = list[list[int]]
 SPREAD: dict[int, Sizes] = {

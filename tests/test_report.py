@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def test_every_norm_has_its_line() -> None:

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launching import LAUNCH, ROOT, TORCHRUN, TRAIN, content, environment, epochs_of, files, run, write_cifar10
+from tests.support.launching import (
+    LAUNCH,
+    ROOT,
+    TORCHRUN,
+    TRAIN,
+    content,
+    environment,
+    epochs_of,
+    files,
+    run,
+    write_cifar10,
+)
 
 EPOCHS = 6
 

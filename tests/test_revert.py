@@ -10,7 +10,7 @@ from torch import nn
 
 import syncbn
 from syncbn import classes, convert
-from tests.layers import SHAPES, Squared, Tagged, model
+from tests.support.layers import SHAPES, Squared, Tagged, model
 
 
 class SyncSquared(nn.Module):

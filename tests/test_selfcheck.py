@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncbn import backends, direct, selfcheck
-from tests.native import HAS_LIBRARY, ON_CPU
+from tests.support.cpu_backends import HAS_LIBRARY, ON_CPU
 
 
 def test_two_ranks_are_right() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import syncbn
 from syncbn import classes
-from tests.layers import PLAIN, Tagged
+from tests.support.layers import PLAIN, Tagged
 
 BUILT = (syncbn.SyncBatchNorm1d, syncbn.SyncBatchNorm2d, syncbn.SyncBatchNorm3d)
 

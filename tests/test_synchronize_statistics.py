@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 
 def net_of(rank: int, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import syncbn
 from syncbn.functional import sync_batch_norm
-from tests import torchs_inputs
-from tests.oracle import UNIT, error
+from tests.support import torchs_inputs
+from tests.support.oracle import UNIT, error
 
 EXACT = UNIT[torch.float64]
 FIRST = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -24,7 +24,7 @@ FIRST = ("running_mean", "running_var", "weight", "bias", "training", "momentum"
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[tuple[Any, ...]]]:
     """What torch.testing's databases hold of batch norms."""
     file = tmp_path_factory.mktemp("torchs") / "inputs.pt"
-    command = [sys.executable, "-m", "tests.torchs_inputs", str(file)]
+    command = [sys.executable, "-m", "tests.support.torchs_inputs", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode == torchs_inputs.MISSING:
         pytest.skip(f"torch.testing's databases cannot be imported: {done.stderr.strip()}")

@@ -12,10 +12,10 @@ from torch._functorch.aot_autograd import aot_module, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
-from tests.cases import let_torch_warn_of_itself
-from tests.nets import Net, assert_same_state, assert_step, batch
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.layer_runs import let_torch_warn_of_itself
+from tests.support.nets import Net, assert_same_state, assert_step, batch
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 
 def reductions(graph: fx.Graph) -> list[tuple[torch.dtype, int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.launching import FROM_A_LAUNCHER, TORCHRUN, TRAIN, forget_launched, launched, run, write_cifar10
+from tests.support.launching import FROM_A_LAUNCHER, TORCHRUN, TRAIN, forget_launched, launched, run, write_cifar10
 
 EPOCH = ("--epochs", "1", "--lr", "0.005")
 """A quarter of the rate it would take: then roundings do not grow into units that switch on in one run only, which they

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
-from tests.oracle import error
-from tests.ranks import RankPool
+from tests.support.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
+from tests.support.oracle import error
+from tests.support.ranks import RankPool
 
 SCRIPT = str(LAUNCH / "train_sequences.py")
 needs_data = pytest.mark.skipif(find_spec("aeon") is None, reason="the speech data comes with aeon (Python 3.11)")

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Binomial, Normal, kl_divergence
 
-from tests.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
-from tests.oracle import error
-from tests.ranks import RankPool
+from tests.support.launching import LAUNCH, TORCHRUN, forget_launched, launched, run
+from tests.support.oracle import error
+from tests.support.ranks import RankPool
 
 SCRIPT = str(LAUNCH / "train_vae.py")
 SHARES = ((0, 3), (3, 8))

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import syncbn
 from syncbn import watch, whereabouts
 from syncbn.whereabouts import Where
-from tests import astray
-from tests.faults import PATIENCE, WITHIN, Run, named, strike
-from tests.launching import environment
-from tests.ranks import RankPool
+from tests.support import wrong_ranks
+from tests.support.faults import PATIENCE, WITHIN, Run, named, strike
+from tests.support.launching import environment
+from tests.support.ranks import RankPool
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +119,7 @@ class _Slow(torch.utils.data.Dataset):
 @pytest.mark.parametrize("store", ["tcp", "file"])
 def test_every_waiting_rank_logs_the_same_table_once(world: int, store: str) -> None:
     """Whichever store the group has; the table names all ranks."""
-    faulty = strike(astray.sleeps, world, store=store)
+    faulty = strike(wrong_ranks.sleeps, world, store=store)
     tables = {said.log[0][1] for rank, said in enumerate(faulty) if rank != 1}
     assert len(tables) == 1
     for rank, said in enumerate(faulty):

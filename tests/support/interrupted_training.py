@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.launching import LAUNCH
+from tests.support.launching import LAUNCH
 
 sys.path.insert(0, str(LAUNCH))
 import train

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from syncbn.backends import Epilogue, Running
-from tests.oracle import in_layout
-from tests.stub_device import STREAM, stub
+from tests.support.oracle import in_layout
+from tests.support.stub_device import STREAM, stub
 
 TAGS = 54321.0, float(2**20 - 1)
 """Of a step's forward and backward."""

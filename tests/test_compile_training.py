@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.cases import compiled, generates
-from tests.nets import Net, assert_same_state, assert_step, batch
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
+from tests.support.layer_runs import compiled, generates
+from tests.support.nets import Net, assert_same_state, assert_step, batch
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
 
 SELECTIVE = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
 NOTHING = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE)

@@ -1,6 +1,6 @@
 """Run by test_integrations: two Lightning processes on CPU, each saving what its batch norm saw.
 
-python tests/lightning_fit.py FOLDER
+python tests/support/lightning_fit.py FOLDER
 """
 
 import sys

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import syncbn
-from tests.layers import Tagged, model, reparametrized
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
-from tests.test_own_calls import assert_refused
+from tests.support.layers import Tagged, model, reparametrized
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
+from tests.test_convert_patched_calls import assert_refused
 
 T = TypeVar("T")
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(5))

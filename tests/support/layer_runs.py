@@ -14,8 +14,8 @@ from torch import nn
 
 import syncbn
 from syncbn import backends
-from tests.oracle import Call, Case, Outcome, compare, make_calls
-from tests.ranks import Collectives, RankPool
+from tests.support.oracle import Call, Case, Outcome, compare, make_calls
+from tests.support.ranks import Collectives, RankPool
 
 
 def layer_for(case: Case, call: Call) -> syncbn.SyncBatchNorm:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TORCHRUN = (sys.executable, str(LAUNCH / "torchrun.py"), "--standalone", "--nproc-per-node", "2")
 TRAIN = str(LAUNCH / "train.py")

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.cases import layer_for
-from tests.oracle import Call, Case, Outcome, make_calls
+from tests.support.layer_runs import layer_for
+from tests.support.oracle import Call, Case, Outcome, make_calls
 
 
 def to_cuda(t: Tensor | None) -> Tensor | None:

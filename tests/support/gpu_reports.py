@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from syncbn.backends import Epilogue, Running, reference
-from tests.gpu_interpreter import device_of
-from tests.oracle import in_layout
+from tests.support.gpu_interpreter import device_of
+from tests.support.oracle import in_layout
 
 EPS = 1e-5
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.native import ON_CPU
+from tests.support.cpu_backends import ON_CPU
 
 UNIT = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-8 + 3e-6, torch.float16: 2**-11 + 3e-6}
 """Allowed error, relative to the largest value of the tensor.

@@ -14,9 +14,9 @@ from benchmarks import resnet
 from syncbn import backends, calls, fingerprint
 from syncbn.backends import gpu_report, gpu_workspace, reference
 from syncbn.names import BACKWARD, FORWARD, Call
-from tests.native import ON_CPU
-from tests.stub_device import STREAM, Launch, stub
-from tests.stub_jobs import Given, tensors
+from tests.support.cpu_backends import ON_CPU
+from tests.support.stub_device import STREAM, Launch, stub
+from tests.support.stub_jobs import Given, tensors
 
 
 class Step(NamedTuple):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from tests.oracle import UNIT, error
-from tests.ranks import RankPool
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import RankPool
 
 
 def patched(layer: nn.Module) -> None:

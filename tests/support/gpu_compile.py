@@ -1,6 +1,6 @@
 """Compiles the kernels that a call would launch, without a device, and prints what the machine code is like.
 
-    python -m tests.gpu_compile [target ...]
+    python -m tests.support.gpu_compile [target ...]
 
 A target is sm_80, sm_90, sm_100 or gfx942. One JSON line a kernel. A process of its own: Triton must not interpret.
 """
@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from syncbn.backends import Epilogue, Running, gpu
-from tests import machine_code
+from tests.support import machine_code
 
 POINTERS = {
     torch.float16: "*fp16",

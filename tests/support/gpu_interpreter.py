@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.backends import Epilogue, Running
 from syncbn.functional import sync_batch_norm
-from tests.oracle import UNIT, Call, Case, Outcome, compare, make_calls
-from tests.triton_process import TritonProcess
+from tests.support.oracle import UNIT, Call, Case, Outcome, compare, make_calls
+from tests.support.triton_process import TritonProcess
 
 CUT_BFLOAT16 = 2**-7 + 3e-6
 """oracle.UNIT's bound where bfloat16 is cut off, by a whole unit in the last place, as the interpreter does."""
@@ -57,7 +57,7 @@ def check_reduction(shape: tuple[int, int], axis: int) -> None:
     """What `reduce_by_slices` makes of two sums are the bits that Triton's own way makes."""
     from triton.runtime.interpreter import ReduceOps
 
-    from tests.small_kernels import two_sums_kernel
+    from tests.support.small_kernels import two_sums_kernel
 
     x = torch.randn(shape)
     sums = [torch.zeros(2, shape[1 - axis]) for _ in range(2)]
@@ -71,7 +71,7 @@ def check_reduction(shape: tuple[int, int], axis: int) -> None:
 def check_share(shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> None:
     """A few programs together have all tiles of an x, in every verb's cut of it."""
     from syncbn.backends import gpu
-    from tests.small_kernels import share_kernel
+    from tests.support.small_kernels import share_kernel
 
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if rows else x

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import (
 )
 
 import syncbn
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives
 
 Wrap = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 

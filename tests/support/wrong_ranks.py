@@ -1,4 +1,4 @@
-"""What a rank can do wrong, for tests.faults.strike: each function is called on every rank, and one goes astray."""
+"""What a rank can do wrong, for `faults.strike`: each function is called on every rank, and one goes astray."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from tests.faults import Run
+from tests.support.faults import Run
 
 
 def skips(run: Run) -> None:

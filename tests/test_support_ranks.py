@@ -5,7 +5,7 @@ import os
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import RankError, RankPool
+from tests.support.ranks import RankError, RankPool
 
 
 def _identity(offset: int) -> int:

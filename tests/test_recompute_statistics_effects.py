@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from tests.ranks import Collectives, RankPool
+from tests.support.ranks import Collectives, RankPool
 
 
 def states(net: nn.Module) -> list[Any]:

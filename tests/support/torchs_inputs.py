@@ -1,4 +1,6 @@
-"""python -m tests.torchs_inputs FILE: the inputs on which torch tests its batch norms, from torch.testing's databases.
+"""The inputs on which torch tests its batch norms, from torch.testing's databases.
+
+    python -m tests.support.torchs_inputs FILE
 
 A process of its own, since importing them changes torch's flags for the rest of a process.
 """

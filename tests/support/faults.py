@@ -29,7 +29,7 @@ WITHIN = PATIENCE + 5
 TIMEOUT = datetime.timedelta(seconds=60)
 CHANNELS = {"first": 4, "second": 4, "third": 6}
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "torch.distributed", "syncbn", "tests.faults"])
+_server.set_forkserver_preload(["torch", "torch.distributed", "syncbn", "tests.support.faults"])
 
 
 class Run(NamedTuple):

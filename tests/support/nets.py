@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn import calls, comm
 from syncbn.names import Call
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives
 
 
 class Net(nn.Module):

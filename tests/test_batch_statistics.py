@@ -12,9 +12,9 @@ from syncbn import backends, composed
 from syncbn.backends import Epilogue, Running, reference
 from syncbn.fingerprint import MOST, VOTE
 from syncbn.functional import sync_batch_norm
-from tests import native
+from tests.support import cpu_backends
 
-BACKENDS = (*native.BACKENDS, "composed")
+BACKENDS = (*cpu_backends.BACKENDS, "composed")
 """The last is no back-end, but what compilers and second derivatives see."""
 SHAPES = {"planes": (16, 3, 24, 24), "rows": (4096, 3), "one plane": (1, 3, 600, 600)}
 
@@ -136,7 +136,7 @@ def moved(name: str, x: Tensor, buffers: torch.dtype, momentum: float | None, sk
     running = Running(*start, torch.tensor(3), momentum, skip)
     with contextlib.ExitStack() as stack:
         if name == "gpu":
-            from tests.gpu_interpreter import device_of
+            from tests.support.gpu_interpreter import device_of
 
             stack.enter_context(device_of(sms))
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # infinities are what is asked about
@@ -179,7 +179,7 @@ def check_no_guard(name: str, bad: float, momentum: float | None) -> None:
     assert torch.equal(ours.var[others], right.var[others])
 
 
-@pytest.mark.parametrize("backend", native.BACKENDS)
+@pytest.mark.parametrize("backend", cpu_backends.BACKENDS)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("guarded", GUARDED.values(), ids=GUARDED)
 def test_what_is_not_finite_moves_nothing(guarded: Guarded, momentum: float | None, backend: str) -> None:
@@ -187,7 +187,7 @@ def test_what_is_not_finite_moves_nothing(guarded: Guarded, momentum: float | No
     check_guard(backend, guarded, momentum)
 
 
-@pytest.mark.parametrize("backend", native.BACKENDS)
+@pytest.mark.parametrize("backend", cpu_backends.BACKENDS)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_without_the_guard_it_moves(bad: float, momentum: float | None, backend: str) -> None:
@@ -203,7 +203,7 @@ def test_a_wire_ends_with_its_fingerprint(dtype: torch.dtype, masked: bool, tag:
     x = torch.randn(6, 5, 7).to(dtype)
     mask = torch.rand(6, 7) > 0.3 if masked else None
     mean, invstd = torch.zeros(2, 5, dtype=backends.compute_dtype(dtype))
-    for verbs in map(backends._load, native.BACKENDS):
+    for verbs in map(backends._load, cpu_backends.BACKENDS):
         plain = verbs.batch_sums(x, mask), verbs.grad_sums(x, x, mean, invstd, Epilogue(mask=mask))[0]
         sent = (
             verbs.batch_sums(x, mask, float(tag)),

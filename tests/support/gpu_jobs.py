@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from syncbn.backends import Epilogue, Running, reference
-from tests.gpu_interpreter import device_of
+from tests.support.gpu_interpreter import device_of
 
 PLAIN = Epilogue()
 

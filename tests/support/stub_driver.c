@@ -1,7 +1,7 @@
 // A libcuda.so.1 that runs nothing. It hands out handles, shows every launch to a callback, and refuses to load a module
 // while it is told that a stream is being captured, as the real one does.
 //
-// Built by tests/stub_device.py with any C compiler; Triton finds it through TRITON_LIBCUDA_PATH. Types are those of the
+// Built by tests/support/stub_device.py with any C compiler; Triton finds it through TRITON_LIBCUDA_PATH. Types are those of the
 // driver's ABI: results and attributes are ints, handles are pointers.
 #include <stddef.h>
 #include <stdint.h>

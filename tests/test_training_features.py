@@ -1,4 +1,4 @@
-"""What else a training step keeps company with: autocast, a scaler, parametrizations, hooks, averaging, determinism."""
+"""What a training step may use besides: autocast, a scaler, parametrizations, hooks, averaging, determinism."""
 
 import copy
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import syncbn
-from tests.cases import hold, run_case
-from tests.gpu_device import run_on_cuda
-from tests.nets import Net, batch, sums_taken
-from tests.oracle import UNIT, Case, Outcome, compare, error
-from tests.ranks import Collectives, RankPool
+from tests.support.gpu_device import run_on_cuda
+from tests.support.layer_runs import hold, run_case
+from tests.support.nets import Net, batch, sums_taken
+from tests.support.oracle import UNIT, Case, Outcome, compare, error
+from tests.support.ranks import Collectives, RankPool
 
 UNEVEN, EMPTY = ((4, 5, 6, 7), (1, 5, 3, 9)), ((4, 5, 6, 7), (0, 5, 6, 7))
 EXACT = 1e-12

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import syncbn
 from syncbn.functional import sync_batch_norm
-from tests.cases import compiled
-from tests.oracle import UNIT, error
-from tests.ranks import Collectives, RankPool
+from tests.support.layer_runs import compiled
+from tests.support.oracle import UNIT, error
+from tests.support.ranks import Collectives, RankPool
 
 X = (4, 3, 5)
 BOTH, TRAINING = (True, False), (True,)
