@@ -26,7 +26,8 @@ from benchmarks.checking import EPS, hold
 from benchmarks.harness import Budget
 from benchmarks.resilience import report
 from benchmarks.shapes import DTYPES
-from syncbn.backends import Epilogue, Running, name_for, reference, select
+from syncbn.backends import name_for, reference, select
+from syncbn.formulas import Epilogue, Running
 from tests.support.oracle import in_layout
 
 SHAPES = ((3, 5, 7, 7), (33, 130), (2, 70, 9, 3), (4, 64, 33, 31), (2, 8, 40), (300, 24), (2, 3, 4, 5, 6), (0, 5, 7, 7))

@@ -44,7 +44,8 @@ from benchmarks.layer import bn_backend, plan_columns
 from benchmarks.layer_gpu import environment_of, rotation
 from benchmarks.resilience import parsed, report, through
 from benchmarks.shapes import Plan, gpu_plans
-from syncbn.backends import Epilogue, name_for, reference, select
+from syncbn.backends import name_for, reference, select
+from syncbn.formulas import Epilogue
 
 COLUMNS = (
     *ENVIRONMENT,

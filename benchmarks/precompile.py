@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.harness import Budget, cores
 from benchmarks.resilience import MOST_SHOWN
 from benchmarks.shapes import DTYPES, gpu_plans, layer_plans, resnet50_norms
-from syncbn.backends import Epilogue, Running, gpu, gpu_launch
+from syncbn.backends import gpu, gpu_launch
+from syncbn.formulas import Epilogue, Running
 from tests.support.gpu_compile import compile_for
 from tests.support.oracle import ACTIVATIONS, in_layout
 

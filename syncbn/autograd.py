@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, composed, recompute
-from syncbn.backends import Backend, Epilogue, Running, select
+from syncbn import calls, composed, recompute, torch_private
+from syncbn.backends import Backend, select
+from syncbn.formulas import Epilogue, Running
 from syncbn.names import BACKWARD, FORWARD, FUNCTION, Call, Label
 from syncbn.recompute import Taken
 
@@ -98,7 +99,7 @@ def gradients(
     dy = (
         dy if type(dy) is Tensor else dy.clone()
     ).resolve_neg()  # as kernels read it: it may be on its way, or negated
-    if torch.is_grad_enabled() or not torch._C._has_storage(dy):  # create_graph=True, or dy is a batch of them
+    if torch.is_grad_enabled() or not torch_private.has_storage(dy):  # create_graph=True, or dy is a batch of them
         dx, dweight, dbias, dresidual = composed.gradients(dy, x, epilogue, eps, call, sums[:-2], needed)
         return dx, dweight, dbias, dresidual
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needed

@@ -7,45 +7,65 @@ raised on every rank, and a failed call has moved nothing.
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import comm
-from syncbn.backends import ACTIVATIONS
+from syncbn import comm, torch_private
+from syncbn.formulas import ACTIVATIONS, DTYPES, Epilogue, Running
 
-REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DEFAULTS = {"eps": 1e-5, "momentum": 0.1}
 _REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
-def check_call(
+class Checked(NamedTuple):
+    """A call in which nothing is wrong; group None means that this rank is alone, or evaluates."""
+
+    x: Tensor
+    epilogue: Epilogue
+    running: Running | None
+    eps: float
+    group: ProcessGroup | None
+
+
+def checked(
+    process_group: comm.Group | None,
     x: Tensor,
     training: bool,
     statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    mask: Tensor | None,
-) -> None:
-    """Every check of a call but those of its numbers and group; statistics are as in direct.py."""
+    epilogue: Epilogue,
+    eps: float,
+    is_composed: bool,
+) -> Checked:
+    """The call, with its peers and its numbers as floats; statistics are as in direct.py."""
+    group = check_group(process_group) if training else None
+    running_mean, running_var, counter, momentum, skip_nonfinite = statistics
+    of_batch = training or running_mean is None
+    eps, momentum = check_numbers(eps, momentum, of_batch)
+    weight, bias, residual, mask, activation = epilogue
     check_input(x)
-    check_channels(x, weight=weight, bias=bias, running_mean=statistics[0], running_var=statistics[1])
-    check_running(x, training, *statistics[:4])
+    check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_running(x, training, running_mean, running_var, counter, momentum)
     check_activation(activation)
     check_residual(x, residual)
     check_mask(x, mask)
+    if of_batch and mask is None and group is None:
+        check_batch_size(x)
+    if is_composed and not torch.compiler.is_compiling():
+        check_mapped(x, mask, running_mean if training else None)
+    if running_mean is None or running_var is None:
+        return Checked(x, epilogue, None, eps, group)
+    return Checked(x, epilogue, Running(running_mean, running_var, counter, momentum, skip_nonfinite), eps, group)
 
 
 def check_input(x: Tensor) -> None:
     """(N, C, *S), real floating point, at least one channel."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a Tensor; got {type(x).__name__}. Pass a tensor of shape (N, C, *S).")
-    if x.dtype not in REAL:
+    if x.dtype not in DTYPES:
         hint = "Normalize the real and imaginary parts apart" if x.is_complex() else "Convert it, e.g. input.float()"
         raise TypeError(f"input must be {_REAL_NAMES}; got {x.dtype}. {hint}.")
     if x.ndim < 2:
@@ -72,7 +92,7 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
                 f"{tuple(t.shape)} with input of shape {tuple(x.shape)}. "
                 f"Build the layer with num_features={channels}, or check the dimension order of input."
             )
-        if t.dtype not in REAL:
+        if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be {_REAL_NAMES}; got {t.dtype}. Convert it, e.g. {name}.float().")
         _check_device(x, name, t)
 
@@ -144,7 +164,7 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
             f"residual must have the shape of input, {tuple(x.shape)}; got {tuple(residual.shape)}. "
             "Expand it first: it is added elementwise, before the activation."
         )
-    if residual.dtype not in REAL:
+    if residual.dtype not in DTYPES:
         raise TypeError(f"residual must be {_REAL_NAMES}; got {residual.dtype}. Convert it, e.g. residual.float().")
     _check_device(x, "residual", residual)
 
@@ -238,7 +258,8 @@ def check_symbolic(argument: object) -> None:
 
 def check_mapped(x: Tensor, mask: Tensor | None, running_mean: Tensor | None) -> None:
     """Under torch.vmap, running statistics for each of the batches, unless there are none to move."""
-    if running_mean is not None and not _is_mapped(running_mean) and (_is_mapped(x) or _is_mapped(mask)):
+    mapped = torch_private.is_mapped
+    if running_mean is not None and not mapped(running_mean) and (mapped(x) or mapped(mask)):
         raise RuntimeError(
             "Under torch.vmap every batch has statistics of its own, which one set of running statistics cannot "
             "follow; got a running_mean that is not mapped over. Pass stacked buffers (torch.func.stack_module_state), "
@@ -277,13 +298,3 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 def _check_device(x: Tensor, name: str, t: Tensor) -> None:
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of input, {x.device}; got {t.device}. Move one of them.")
-
-
-def _is_mapped(t: Tensor | None) -> bool:
-    """By torch.vmap, at any level of torch.func's transforms."""
-    functorch = torch._C._functorch
-    while t is not None and functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            return True
-        t = functorch.get_unwrapped(t)
-    return False

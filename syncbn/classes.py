@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import watched
-from syncbn.backends import LEAKY_SLOPE
-from syncbn.functional import finish
+from syncbn import torch_private, watched
+from syncbn.formulas import LEAKY_SLOPE, finish
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncbn.names import Label
 from syncbn.symbolic import Leaf
+from syncbn.torch_private import BatchNormBase
 
 
-class BatchNorm(Leaf, _BatchNorm):
+class BatchNorm(Leaf, BatchNormBase):
     """Ordinary batch norm for (N, C, *S) inputs of any rank: what a synchronized layer of unknown origin becomes.
 
     It keeps the fused activation and takes the residual; a mask only in eval, where it changes no statistics.
@@ -95,7 +94,8 @@ def _fusible(drop: nn.Module | None, act: nn.Module | None) -> str | None:
         return None
     if _runs(cls) != _BY_TORCH[cls] or _runs(nn.Identity) != _BY_TORCH[nn.Identity]:
         return None
-    return None if watched.is_any_watched() or watched.is_watched(act) or watched.is_watched(drop) else _FUSED[cls]
+    is_noticed = torch_private.is_everything_heard() or watched.is_watched(act) or watched.is_watched(drop)
+    return None if is_noticed else _FUSED[cls]
 
 
 class _Derived:
@@ -147,7 +147,7 @@ _RECIPES = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"
 
 def _has_own(cls: type, name: str) -> bool:
     """Whether a class has this otherwise than torch's batch norms do."""
-    return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(_BatchNorm, name, None)
+    return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(BatchNormBase, name, None)
 
 
 def own_recipe(cls: type) -> str | None:
@@ -175,7 +175,7 @@ def own_state(cls: type) -> str | None:
 
 def rebuild(cls: Any, *mixins: type) -> Any:
     """An empty object of the class that `derive` makes of these, for what was pickled."""
-    if not (isinstance(cls, type) and issubclass(cls, _BatchNorm) and _NAMES.keys() >= set(mixins)):
+    if not (isinstance(cls, type) and issubclass(cls, BatchNormBase) and _NAMES.keys() >= set(mixins)):
         raise TypeError(f"A layer is made of a batch norm and classes of syncbn; got {cls} and {mixins}.")
     for mixin in mixins:
         cls = derive(mixin, cls)
@@ -186,8 +186,8 @@ def can_sync(cls: Any) -> bool:
     """Whether a layer of this class does nothing but batch norm, or what WithDropAndAct does."""
     if _is_timm_act(cls):
         return True
-    ours = (nn.SyncBatchNorm,) if cls is nn.SyncBatchNorm else (_BatchNorm, BatchNorm, WithDropAndAct)
-    return issubclass(cls, _BatchNorm) and forwards_owner(cls) in ours and is_forward_unpatched(cls)
+    ours = (nn.SyncBatchNorm,) if cls is nn.SyncBatchNorm else (BatchNormBase, BatchNorm, WithDropAndAct)
+    return issubclass(cls, BatchNormBase) and forwards_owner(cls) in ours and is_forward_unpatched(cls)
 
 
 def sync_class(cls: Any) -> type:

@@ -18,6 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn import torch_private
+
 Group = ProcessGroup | DeviceMesh
 """What a process_group argument may be; a mesh must have one dimension."""
 
@@ -27,7 +29,11 @@ _sides: "weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup]" = weakref.WeakKe
 """What `side_group` made."""
 
 
-class NotAMember(Exception):
+class Unusual(Exception):
+    """A process group that may not be synchronised over, or not now."""
+
+
+class NotAMember(Unusual):
     """This rank does not belong to the process group it was asked to synchronise over.
 
     Where torch gave it no group but a sign that it is in none, ranks are those of the newest group made without it.
@@ -52,6 +58,16 @@ def peers(process_group: Group | None) -> ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def usual_peers(process_group: Group | None) -> ProcessGroup | None:
+    """`peers`, or Unusual where `checks.check_group` has something to say."""
+    if dimensions_of(process_group) != 1:
+        raise Unusual
+    group = peers(process_group)
+    if group is not None and is_joining():
+        raise Unusual
+    return group
+
+
 def dimensions_of(process_group: Group | None) -> int:
     """Of a mesh; a group is a line."""
     return process_group.ndim if isinstance(process_group, DeviceMesh) else 1
@@ -71,9 +87,7 @@ def all_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def functional_sum(sums: Tensor, group_name: str) -> Tensor:
     """`all_sum` into a new tensor, by operations that can be traced."""
-    functional = torch.ops._c10d_functional
-    summed: Tensor = functional.wait_tensor(functional.all_reduce(sums.contiguous(), "sum", group_name))
-    return summed
+    return torch_private.wait_tensor(torch_private.all_reduce(sums.contiguous(), "sum", group_name))
 
 
 def is_group(given: object) -> bool:
@@ -236,35 +250,32 @@ def rank() -> int:
 
 def progress_of(group: ProcessGroup) -> int:
     """How many collectives of any kind this rank has started on the group; 0 if its transport does not count."""
-    try:
-        started: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # not in its stubs
-    except RuntimeError:
-        return 0
-    return started
+    return torch_private.collectives_started(group)
 
 
 def own_store(prefix: str) -> Any:
     """A connection to the default group's store that is nobody else's."""
-    store: Any = dist.distributed_c10d._get_default_store()
+    store: Any = torch_private.default_store()
     store = store.clone()
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # torch exports it
 
 
 def without_ddp(module: nn.Module) -> nn.Module:
     """The model in a DistributedDataParallel, compiled or not, whose own forward sends buffers to the other ranks."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = torch_private.uncompiled(module)
     return inner.module if isinstance(inner, DistributedDataParallel) else module
 
 
 def active_ddp() -> DistributedDataParallel | None:
     """Whose forward is running."""
-    return DistributedDataParallel._active_ddp_module
+    active: DistributedDataParallel | None = torch_private.active_ddp(DistributedDataParallel)
+    return active
 
 
 def is_joining() -> bool:
     """Whether this call is within a DistributedDataParallel whose `join()` is in force."""
     ddp = active_ddp()
-    return ddp is not None and ddp._join_config.enable
+    return ddp is not None and torch_private.is_joining(ddp)
 
 
 def size_of(group: ProcessGroup | None) -> int:

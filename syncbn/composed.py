@@ -6,56 +6,28 @@ These are operations that a tracer takes down one by one and autograd differenti
 collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from syncbn import calls, comm, recompute
-from syncbn.backends import Epilogue, Running, compute_dtype
-from syncbn.backends.reference import activate_, along, masked, moments, move_running, pre_activation, reduced
+from syncbn import calls, comm, recompute, torch_private
+from syncbn.formulas import (
+    Epilogue,
+    Running,
+    activate_,
+    along,
+    compute_dtype,
+    masked,
+    moments,
+    move_running,
+    pre_activation,
+    reduced,
+)
 from syncbn.names import BACKWARD, FORWARD, Call
 from syncbn.recompute import Taken
-
-_ORDINARY = (Tensor, torch.nn.Parameter)
-
-
-def is_needed(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool],
-) -> bool:
-    """Whether a call is compiled, or its x or residual is dual, without storage or a subclass's, or torch.func
-    transforms any of its tensors.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _ORDINARY
-        or (residual is not None and (type(residual) not in _ORDINARY or residual.is_meta))
-        or (torch._C._are_functorch_transforms_active() and _wraps(x, residual, weight, bias, mask, *statistics[:3]))
-        or forward_ad._current_level >= 0
-        or x.is_meta
-    )
-
-
-def _wraps(*given: Tensor | None) -> bool:
-    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
-
-
-def unmapped() -> contextlib.AbstractContextManager[Any]:
-    """Within it, no transform of torch.func is in force, for a call of which it transforms no tensor.
-
-    Such is a call that is recomputed for a backward which is mapped over; in its first pass there was no transform.
-    """
-    return temporarily_clear_interpreter_stack()
 
 
 def normalize_batch(
@@ -147,7 +119,7 @@ def _sums_of_all(
     sums: Tensor, group_name: str | None, known: Tensor | None, call: Call | None
 ) -> tuple[Tensor, Tensor | None]:
     """The sums of all ranks, and whether they are new, 1 or 0, in a graph that may run as a recomputation."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+    if not torch.compiler.is_compiling() and not torch_private.is_jit_tracing():
         return sums if group_name is None else _all_sum(sums, group_name, 1, known, call=call), None
     site = recompute.graph_site() if torch.compiler.is_compiling() else ""
     if site:
@@ -157,7 +129,7 @@ def _sums_of_all(
 
 
 def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: Tensor | None) -> None:
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.are_transforms_active():
         _MoveRunning.apply(running, mean, var, count)  # type: ignore[no-untyped-call]  # torch's own
         return
     move_running(running, mean, var, count if are_new is None else count * are_new)  # an empty batch moves nothing
@@ -214,7 +186,7 @@ def _all_sum(
     site: str = "",
     call: Call | None = None,
 ) -> Tensor:
-    if torch._C._dispatch_keys(sums).has("Batched"):  # by is_grads_batched, whose map is older than torch.vmap's
+    if torch_private.is_batch_of_gradients(sums):
         return _below_maps(lambda sums: _all_sum(sums, group_name, tail, known, site, call), sums)
     summed: Tensor = _AllSum.apply(sums, group_name, tail, known, site, call)  # type: ignore[no-untyped-call]  # torch's own
     return summed
@@ -223,13 +195,13 @@ def _all_sum(
 def _below_maps(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """function(t) once for all of a batch, which may have a dimension more for each map, where it stands."""
     sizes: list[int] = []
-    while not torch._C._has_storage(t):
-        t = torch._remove_batch_dim(t, len(sizes) + 1, 1, 0)  # of a level that does not map t, a dimension of size 1
+    while not torch_private.has_storage(t):
+        t = torch_private.remove_batch_dim(t, len(sizes) + 1, 1, 0)  # 1, 0: unmapped, a dimension of size 1
         sizes.append(t.shape[0])
     t = function(t)
     for level, size in enumerate(sizes, start=1):
         dim = len(sizes) - level
-        t = t.select(dim, 0) if size == 1 else torch._add_batch_dim(t, dim, level)
+        t = t.select(dim, 0) if size == 1 else torch_private.add_batch_dim(t, dim, level)
     return t
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import classes, comm, refusals, swap
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.names import name_by_path, numbered
+from syncbn.torch_private import BatchNormBase
 
 M = TypeVar("M", bound=nn.Module)
 Only = Callable[[str, nn.Module], bool] | str | Iterable[str] | None
@@ -85,7 +85,7 @@ def convert_sync_batchnorm(
     chosen = _chooser(only)
     wanted, left = [], {}
     for name, layer in module.named_modules():
-        if not isinstance(layer, _BatchNorm) and type(layer) not in _converters:
+        if not isinstance(layer, BatchNormBase) and type(layer) not in _converters:
             continue
         reason = _why_not(layer) or (None if chosen(name, layer) else "not chosen by `only`")
         refusal = refusals.why_not_sync(layer) if reason is None and type(layer) not in _converters else None

@@ -6,6 +6,7 @@ unusual (a recomputation, a capture, a hook on launches, another device, a dy of
 begin at a vector, a call that autograd does not record) goes autograd.py's way. The results are the same bits.
 """
 
+import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, recompute
+from syncbn import calls, comm, recompute, torch_private
 from syncbn.autograd import changed, gradients
-from syncbn.backends import Epilogue, Running, name_for, select
+from syncbn.backends import name_for, select
 from syncbn.backends.recent import Recent
+from syncbn.formulas import Epilogue, Running
 from syncbn.names import BACKWARD, FORWARD, Call, Label
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ class NormalizeDirectly(torch.autograd.Function):
         fused = needs_dresidual and kind.activation is not None
         launches = kind.launches
         step = launches.both_inputs if fused else launches.inputs
-        dy_at = dy.data_ptr() if torch._C._has_storage(dy) else 1  # 1, no vector's address: a batch of them has none
+        dy_at = dy.data_ptr() if torch_private.has_storage(dy) else 1  # a batch has none; 1 is no vector's
         at, residual_at = x.data_ptr(), None if residual is None else residual.data_ptr()
         work = launches.turn(dy_at | at | (residual_at or 0))
         is_alike = type(dy) is Tensor and _kinds(dy, x, weight, bias, residual) == kind.backward_kinds
@@ -135,7 +137,7 @@ _calls: Recent[Kind | None] = Recent(MOST_CALLS)
 
 
 def normalize(
-    group: ProcessGroup | None,
+    process_group: comm.Group | None,
     x: Tensor,
     statistics: Statistics,
     weight: Tensor | None,
@@ -149,13 +151,20 @@ def normalize(
     mean, var, tracked, momentum, skip_nonfinite = statistics
     owned = weight, bias, mean, var, tracked
     kind = _calls.get(_key(activation, skip_nonfinite, x, residual, *owned))
-    if kind is None or momentum is None:
+    if kind is None or not (type(eps) is float and 0 < eps < math.inf):
+        return None
+    momentum = float(momentum) if type(momentum) is int else momentum
+    if not (type(momentum) is float and -math.inf < momentum < math.inf):
+        return None
+    try:
+        group = comm.usual_peers(process_group)
+    except comm.Unusual:
         return None
     if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
         return None
     if (weight is not None and weight.is_neg()) or (bias is not None and bias.is_neg()):
         return None
-    if torch._C._are_functorch_transforms_active():  # of other tensors, but `_apply` knows nothing of that
+    if torch_private.are_transforms_active():  # of other tensors, but `_apply` knows nothing of that
         return None
     try:
         at = x.data_ptr()

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from syncbn.backends import ACTIVATIONS
+from syncbn.formulas import ACTIVATIONS, VOTE
 from syncbn.names import BACKWARD, FORWARD, Label, worded
 
-VOTE = 2.0**32
 MOST = 1 << 20
 MOST_TAGS = 1024
 """Kept for each layer; what is not kept is made again."""

@@ -3,11 +3,11 @@
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.classes import Frozen, frozen, thawed
 from syncbn.refusals import refuse_unfreezable
 from syncbn.swap import change_class
+from syncbn.torch_private import BatchNormBase
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,7 +26,7 @@ def freeze(module: M, *, train_affine: bool = False) -> M:
         TypeError: for a layer whose train was set on the object, or whose class cannot be extended. Nothing has been
             changed then.
     """
-    layers: list[tuple[str, Any]] = [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in module.named_modules() if isinstance(m, BatchNormBase)]
     for name, layer in layers:
         if layer.running_mean is None:
             raise ValueError(

@@ -1,16 +1,18 @@
 """The layer as a function: what is checked, and which of the three ways a call goes."""
 
+import contextlib
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
-from syncbn import checks, comm, composed, direct, symbolic
+from syncbn import checks, comm, composed, direct, symbolic, torch_private
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Epilogue, Running
-from syncbn.backends.reference import activate_
+from syncbn.formulas import Epilogue, Running, finish
 from syncbn.names import FUNCTION, Call, Label
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ORDINARILY = contextlib.nullcontext()
 
 
 def sync_batch_norm(
@@ -74,7 +76,7 @@ def sync_batch_norm(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithm 1, over all ranks.
     """
-    if is_fx_symbolic_tracing():
+    if torch_private.is_fx_tracing():
         given = (input, running_mean, running_var, weight, bias, training, momentum, eps, process_group)
         ours = {
             "residual": residual,
@@ -86,13 +88,14 @@ def sync_batch_norm(
         node: Tensor | None = symbolic.call_function(sync_batch_norm, given, ours)
         if node is not None:
             return node
-    group = checks.check_group(process_group) if training else None
-    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-    return over_group(group, input, running, weight, bias, training, eps, residual, activation, mask)
+    statistics = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+    return normalize(
+        process_group, input, statistics, weight, bias, training, eps, residual, activation, mask, FUNCTION
+    )
 
 
-def over_group(
-    group: ProcessGroup | None,
+def normalize(
+    process_group: comm.Group | None,
     x: Tensor,
     statistics: direct.Statistics,
     weight: Tensor | None,
@@ -102,46 +105,56 @@ def over_group(
     residual: Tensor | None,
     activation: str | None,
     mask: Tensor | None,
-    label: Label | None = None,
+    label: Label,
 ) -> Tensor:
-    """`sync_batch_norm` with the peers that were found; statistics are its running ones, and how they move.
+    """`sync_batch_norm` of whoever is called so; statistics are its running ones, and how they move.
 
-    A call like an earlier one has been checked, but for its numbers. label is that of the layer that calls.
+    A call like an earlier one has been checked, but for its numbers and its group.
     """
-    of_batch, traced = training or statistics[0] is None, torch._C._get_tracing_state() is not None
-    eps, momentum = checks.check_numbers(eps, statistics[3], of_batch)
-    if momentum is not statistics[3]:
-        statistics = (*statistics[:3], momentum, statistics[4])
-    inside = of_batch and (traced or composed.is_needed(x, residual, weight, bias, mask, statistics))
-    if training and mask is None and not inside:
-        done = direct.normalize(group, x, statistics, weight, bias, eps, residual, activation, label or FUNCTION)
-        if done is not None:
-            return done
-    given = (x, training, statistics, weight, bias, residual, activation, mask)
-    symbolic.untraced(checks.check_call, *given) if traced else checks.check_call(*given)
-    running = None if statistics[0] is None else Running(*statistics)  # type: ignore[arg-type]  # both or neither
+    is_traced = torch_private.is_jit_tracing()
+    is_composed = (training or statistics[0] is None) and (
+        is_traced or _is_looked_into(x, residual, (weight, bias, mask, *statistics[:3]))
+    )
+    if training and mask is None and not is_composed:
+        y = direct.normalize(process_group, x, statistics, weight, bias, eps, residual, activation, label)
+        if y is not None:
+            return y
     epilogue = Epilogue(weight, bias, residual, mask, activation)
-    if running is not None and not training:
-        return _evaluate(x, running, _whole(x, epilogue), eps)
-    if mask is None and group is None:
-        symbolic.untraced(checks.check_batch_size, x) if traced else checks.check_batch_size(x)
-    if inside:
-        if not torch.compiler.is_compiling():
-            checks.check_mapped(x, mask, statistics[0] if training else None)
-        is_written = traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
-        call = None if group is None or is_written else Call(label or FUNCTION, group, x, activation, True)
-        return composed.normalize_batch(x, _whole(x, epilogue), eps, comm.name_of(group), running, call=call)
-    if not torch._C._are_functorch_transforms_active():
-        return _normalize(group, x, running, epilogue, eps, label or FUNCTION)
-    with composed.unmapped():
-        return _normalize(group, x, running, epilogue, eps, label or FUNCTION)
+    given = process_group, x, training, statistics, epilogue, eps, is_composed
+    call = torch_private.untraced(checks.checked, *given) if is_traced else checks.checked(*given)
+    if call.running is not None and not training:
+        return _evaluate(call.x, call.running, _whole(call), call.eps)
+    if is_composed:
+        is_written = is_traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
+        named = None if call.group is None or is_written else Call(label, call.group, x, activation, True)
+        name = comm.name_of(call.group)
+        return composed.normalize_batch(x, _whole(call), call.eps, name, call.running, call=named)
+    with torch_private.unmapped() if torch_private.are_transforms_active() else _ORDINARILY:
+        return _by_backend(call, label)
 
 
-def _normalize(
-    group: ProcessGroup | None, x: Tensor, running: Running | None, epilogue: Epilogue, eps: float, label: Label
-) -> Tensor:
-    """With the batch's statistics, by a back-end."""
-    weight, bias, residual, mask, activation = epilogue if epilogue.mask is None else _whole(x, epilogue)
+def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call is compiled, or its x or residual is dual, without storage or a subclass's, or torch.func
+    transforms any of its tensors.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or (residual is not None and (type(residual) not in _PLAIN or residual.is_meta))
+        or (torch_private.are_transforms_active() and any(map(_is_transformed, (x, residual, *others))))
+        or torch_private.is_forward_ad_on(x, residual, *others)
+        or x.is_meta
+    )
+
+
+def _is_transformed(t: Tensor | None) -> bool:
+    return t is not None and torch_private.is_wrapped(t)
+
+
+def _by_backend(call: checks.Checked, label: Label) -> Tensor:
+    """With the batch's statistics."""
+    x, epilogue, running, eps, group = call
+    weight, bias, residual, mask, activation = epilogue if epilogue.mask is None else _whole(call)
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()  # kernels read what is stored
     options = Options(eps, activation, group, running, label, torch.is_grad_enabled())
     y: Tensor = NormalizeBatch.apply(x, weight, bias, residual, mask, options)  # type: ignore[no-untyped-call]  # torch's own
@@ -150,9 +163,9 @@ def _normalize(
     return y
 
 
-def _whole(x: Tensor, epilogue: Epilogue) -> Epilogue:
-    """With the mask at its full shape, (N, *S)."""
-    mask = epilogue.mask
+def _whole(call: checks.Checked) -> Epilogue:
+    """The epilogue with the mask at its full shape, (N, *S)."""
+    x, epilogue, mask = call.x, call.epilogue, call.epilogue.mask
     return epilogue if mask is None else epilogue._replace(mask=mask.expand(x.shape[0], *x.shape[2:]))
 
 
@@ -183,12 +196,3 @@ def _normalize_eval(
     if eps == 0:  # F.batch_norm of torch 2.11 wants more in eval too
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     return F.batch_norm(x, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
-
-
-def finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
-    """activation(z + residual), 0 where masked out, in z's dtype."""
-    if residual is not None:
-        z = (z + residual).to(z.dtype)
-    if activation is not None:
-        z = activate_(z, activation)
-    return z if mask is None else torch.where(mask.unsqueeze(1), z, 0)

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn import torch_private
 from syncbn.backends import select
 from syncbn.classes import BatchNorm, Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.names import path_of
 from syncbn.swap import is_foreign_sync
+from syncbn.torch_private import BatchNormBase
 
-Layers = dict[str, _BatchNorm]
+Layers = dict[str, BatchNormBase]
 """By path; a shared layer once."""
 
 
@@ -27,7 +28,7 @@ def layers_of(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         path = path_of(model, name)
         path = name if path in layers or path in left else path
         is_frozen = "FrozenBatchNorm" in type(module).__name__
-        if not (isinstance(module, _BatchNorm) or is_frozen or is_foreign_sync(module)):
+        if not (isinstance(module, BatchNormBase) or is_frozen or is_foreign_sync(module)):
             continue
         why = _why_not(module, is_frozen, model.training)
         if why:
@@ -40,7 +41,7 @@ def layers_of(model: nn.Module) -> tuple[Layers, dict[str, str]]:
 def _why_not(module: nn.Module, is_frozen: bool, in_training: bool) -> str:
     if isinstance(module, Frozen) or is_frozen:
         return "frozen"
-    if not isinstance(module, _BatchNorm):
+    if not isinstance(module, BatchNormBase):
         return f"{type(module).__name__} is no batch norm of torch's"
     if module.running_mean is None:
         return "it has no running statistics"
@@ -67,7 +68,7 @@ def measuring(model: nn.Module, layers: Layers) -> Iterator[dict[str, Tensor]]:
     tracking = {layer: layer.track_running_stats for layer in layers.values()}
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        if torch_private.COMPILER in sys.modules:  # else nothing is compiled
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module in modes:
@@ -95,7 +96,7 @@ class _Adding:
         self.sums[self.name] = found if before is None else before + found
 
 
-def _observe(layer: _BatchNorm, add: _Adding) -> Callable[[], Any]:
+def _observe(layer: BatchNormBase, add: _Adding) -> Callable[[], Any]:
     """Let add see what the layer normalizes from now on; what ends that."""
     if not isinstance(layer, SyncBatchNorm | BatchNorm):
 

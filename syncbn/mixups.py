@@ -2,6 +2,7 @@
 
 from syncbn import fingerprint
 from syncbn.fingerprint import Found
+from syncbn.formulas import VOTE
 from syncbn.names import Place, known_labels
 
 HOW = (
@@ -37,7 +38,7 @@ def worded(place: Place) -> str:
 
 def _others(found: Found) -> str:
     """What the rest is in, as far as two numbers tell."""
-    other, voters = fingerprint.other_of(found), int(found.votes // fingerprint.VOTE)
+    other, voters = fingerprint.other_of(found), int(found.votes // VOTE)
     if other is None:
         return f"others of {voters} ranks in at least two more calls"
     calls = sorted({call for label in known_labels() for call in fingerprint.calls_with(other.tag, label)})

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import init
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import checks, comm, names
-from syncbn.functional import over_group
+from syncbn import checks, comm, names, torch_private
+from syncbn.functional import normalize
 from syncbn.symbolic import Leaf
+from syncbn.torch_private import BatchNormBase
 
 
-class SyncBatchNorm(Leaf, _BatchNorm):
+class SyncBatchNorm(Leaf, BatchNormBase):
     r"""Batch normalization over the batches of all ranks: ``activation(bn(input) + residual)``.
 
     .. math:: \mathrm{bn}(x) = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta
 
     A drop-in for ``torch.nn.SyncBatchNorm``, with its constructor order and state_dict, that also runs on CPU, under
     gloo, and without a process group, where it is an ordinary batch norm.
-    It is a ``_BatchNorm``, not an ``nn.SyncBatchNorm``: DistributedDataParallel refuses the latter on CPU.
+    It is a ``BatchNormBase``, not an ``nn.SyncBatchNorm``: DistributedDataParallel refuses the latter on CPU.
 
     Args:
         num_features: C of an input (N, C, \*S).
@@ -101,8 +101,7 @@ class SyncBatchNorm(Leaf, _BatchNorm):
         """`forward` with the activation given by the caller."""
         self._check_input_dim(input)
         training = self.training
-        # From the dictionaries, where there are such entries: Module.__getattr__ takes ten times as long for each.
-        parameters, buffers = self._parameters, self._buffers
+        parameters, buffers = torch_private.own_tensors(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
         mean = var = tracked = None
@@ -110,10 +109,9 @@ class SyncBatchNorm(Leaf, _BatchNorm):
             mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
             var = buffers["running_var"] if "running_var" in buffers else self.running_var
             tracked = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
-        group = checks.check_group(self.process_group) if training else None
         statistics = (mean, var, tracked, self.momentum, self.skip_nonfinite)
-        of_call = residual, activation, mask, self._label
-        return over_group(group, input, statistics, weight, bias, training, self.eps, *of_call)
+        of_call = residual, activation, mask, self._label or names.FUNCTION
+        return normalize(self.process_group, input, statistics, weight, bias, training, self.eps, *of_call)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank; the function checks the rest."""

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from syncbn import torch_private
+
 FORWARD, BACKWARD = "forward", "backward"
 _numbers = itertools.count(1)
 _labels: "weakref.WeakSet[Label]" = weakref.WeakSet()
 _orders: "weakref.WeakKeyDictionary[ProcessGroup, itertools.count[int]]" = weakref.WeakKeyDictionary()
-_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""What torch's wrappers call the module that they wrap; a parallel wrapper calls it `module`."""
 
 
 class _Counts:
@@ -191,7 +191,7 @@ def path_of(model: nn.Module, name: str) -> str:
     module = model
     for part in name.split(".") if name else ():
         is_wrapper = type(module).__module__.startswith(("torch.nn.parallel.", "torch.distributed."))
-        if part not in _WRAPPED and not (part == "module" and is_wrapper):
+        if part not in torch_private.WRAPPED and not (part == "module" and is_wrapper):
             parts.append(part)
-        module = module._modules[part]  # type: ignore[assignment]  # a path of modules
+        module = module.get_submodule(part)
     return ".".join(parts)

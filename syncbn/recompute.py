@@ -16,11 +16,10 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-import torch._guards
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.utils import _python_dispatch
+from torch.utils.checkpoint import CheckpointPolicy
 
+from syncbn import torch_private
 from syncbn.names import Call
 
 _SEEN = contextlib.nullcontext()
@@ -68,8 +67,8 @@ class _Record:
 
 def is_ordinary() -> bool:
     """Whether autograd records this call, outside of any region that may be recomputed and of any backward."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return torch.is_grad_enabled() and not hooked and torch._C._current_graph_task_id() == -1
+    is_hooked = torch_private.top_hooks(True) is not None
+    return torch.is_grad_enabled() and not is_hooked and torch_private.backward_id() == -1
 
 
 def taken_once(take: Callable[[], Taken], channels: int, recorded: bool, site: str = "") -> tuple[Taken, bool]:
@@ -80,8 +79,8 @@ def taken_once(take: Callable[[], Taken], channels: int, recorded: bool, site: s
     Raises:
         RuntimeError: where a recomputation makes another call than the first pass did.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    stacked = not recorded or torch._C._current_graph_task_id() != -1
+    hooked = torch_private.top_hooks(True) is not None
+    stacked = not recorded or torch_private.backward_id() != -1
     if not hooked and not stacked:  # an ordinary forward pass
         return take(), True
     first, again = _open_passes(hooked, stacked, sys._getframe(2), site)
@@ -98,6 +97,7 @@ def taken_once(take: Callable[[], Taken], channels: int, recorded: bool, site: s
     return taken, known is None
 
 
+@torch_private.constant_when_compiled
 def graph_site() -> str:
     """Where the call stands that is being written to a graph; empty if no region is running as the graph is made.
 
@@ -106,38 +106,29 @@ def graph_site() -> str:
     first, again = _open_passes(True, True, sys._getframe(1))
     if not first and again is None:
         return ""
-    frames = torch._guards.TracingContext.extract_stack()
-    return "graph " + " ".join(f"{f.filename}:{f.lineno}:{getattr(f, 'colno', '')}" for f in frames)
-
-
-graph_site._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it as it traces
+    lines = torch_private.traced_lines()
+    return " ".join(["graph", *lines]) if lines else ""
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Within it, what is written to a graph is saved for its backward, where a compiled region would recompute it."""
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # whoever is writing a graph just now
-    before = 0 if mode is None else len(mode.tracer.graph.nodes)
+    nodes = torch_private.graph_nodes()
+    before = len(nodes)
     yield
-    if mode is not None:
-        nodes = mode.tracer.graph.nodes
-        for node in itertools.islice(reversed(nodes), len(nodes) - before):
-            node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    for node in itertools.islice(reversed(nodes), len(nodes) - before):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def hidden() -> contextlib.AbstractContextManager[None]:
     """Within it, selective checkpointing sees no operation: it counts them, and a recomputation has fewer."""
-    return _hidden() if torch._C._len_torch_dispatch_stack() else _SEEN
+    return _hidden() if torch_private.count_modes() else _SEEN
 
 
 @contextlib.contextmanager
 def _hidden() -> Iterator[None]:
-    selective = (
-        torch.utils.checkpoint._CachingTorchDispatchMode,
-        torch.utils.checkpoint._CachedTorchDispatchMode,
-    )
-    modes = _python_dispatch._get_current_dispatch_mode_stack()
-    others = [mode for mode in modes if not isinstance(mode, selective)]
+    modes = torch_private.modes()
+    others = [mode for mode in modes if not isinstance(mode, torch_private.selective_modes)]
     if len(others) == len(modes):
         yield
         return
@@ -150,9 +141,9 @@ def _hidden() -> Iterator[None]:
 
 def _replace_modes(now: list[Any], then: list[Any]) -> None:
     for _ in now:
-        _python_dispatch._pop_mode()
+        torch_private.pop_mode()
     for mode in then:
-        _python_dispatch._push_mode(mode)
+        torch_private.push_mode(mode)
 
 
 def _record_of(region: Any) -> _Record:
@@ -189,27 +180,21 @@ def _split(passes: Iterator[_Pass]) -> tuple[list[_Pass], _Pass | None]:
 def _hooked_passes() -> Iterator[_Pass]:
     """Of non-reentrant regions, the innermost first."""
     for pack in _pack_hooks():
-        function = getattr(pack, "_torchdynamo_orig_callable", pack)
-        code = getattr(function, "__code__", None)
-        if code is not None and code.co_filename == torch.utils.checkpoint.__file__:
-            behind = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
-            if "frame" in behind:
-                yield _Pass(behind["frame"], None)
-            elif "target_frame_ref" in behind:
-                yield _Pass(behind["target_frame_ref"](), pack)
+        found = torch_private.checkpoint_of(pack)
+        if found is not None:
+            yield _Pass(*found)
 
 
 def _pack_hooks() -> list[Any]:
     """All that are in force, the innermost first: torch shows the innermost only, so each is lifted for a moment."""
-    autograd = torch._C._autograd
     lifted = []
     try:
-        while (hooks := autograd._top_saved_tensors_default_hooks(True)) is not None:
-            autograd._pop_saved_tensors_default_hooks()
+        while (hooks := torch_private.top_hooks(True)) is not None:
+            torch_private.pop_hooks()
             lifted.append(hooks)
     finally:
         for hooks in reversed(lifted):
-            autograd._push_saved_tensors_default_hooks(*hooks)
+            torch_private.push_hooks(*hooks)
     return [pack for pack, _ in lifted]
 
 
@@ -221,7 +206,7 @@ def _stacked_passes(caller: FrameType | None) -> Iterator[_Pass]:
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
             ctx = caller.f_locals["ctx"]
             if type(ctx).__name__ == "CheckpointFunctionBackward":
-                recomputation = None if code.co_name == "forward" else torch._C._current_graph_task_id()
+                recomputation = None if code.co_name == "forward" else torch_private.backward_id()
                 yield _Pass(ctx, recomputation, tuple(path))
         path.append((code, caller.f_lasti))
         caller = caller.f_back

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn import classes, swap, watched
+from syncbn import classes, swap, torch_private, watched
 from syncbn.module import SyncBatchNorm
 
 CONVERTER = "Tell how with syncbn.register_converter(cls, to_sync, to_plain)"
@@ -30,7 +30,7 @@ def refuse_wrapped(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if isinstance(m, DistributedDataParallel):
             why = "DistributedDataParallel has taken its parameters and buffers; swap the model's layers, then wrap it"
-        elif type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None:
+        elif type(m).__name__ == "OptimizedModule" or torch_private.is_call_compiled(m):
             why = "it is compiled for the layers it has; swap the layers, then compile"
         elif isinstance(m, torch.jit.ScriptModule):
             why = "it is TorchScript; swap the layers, then script"
@@ -128,6 +128,6 @@ def _own_method(cls: type) -> str | None:
     if not issubclass(cls, base) or swap.is_foreign_by_name(cls):  # another library's does what its name says
         return None
     users = [c for c in cls.__mro__[: cls.__mro__.index(base)] if not c.__module__.startswith("syncbn.")]
-    names = (*sorted(watched.OWN_CALL), "_check_input_dim", "_normalize", "train")
+    names = (*sorted(torch_private.OWN_CALL), "_check_input_dim", "_normalize", "train")
     own = next((name for name in names for c in users if name in vars(c)), None)
     return own or (None if classes.is_forward_unpatched(cls) else "forward")

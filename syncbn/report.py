@@ -3,13 +3,12 @@
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncbn import comm, convert
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.swap import is_foreign_sync, plain_type, was_built
+from syncbn.torch_private import BatchNormBase, InstanceNormBase, NormBase
 from syncbn.watched import own_call
 
 
@@ -46,7 +45,7 @@ def conversion_report(module: nn.Module) -> Report:
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    norms = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(layer, norms) or is_foreign_sync(layer) or "FrozenBatchNorm" in type(layer).__name__
 
 
@@ -69,7 +68,7 @@ def _row(name: str, layer: nn.Module) -> Row:
 
 
 def _why(layer: nn.Module) -> str:
-    if isinstance(layer, _BatchNorm) or is_foreign_sync(layer):
+    if isinstance(layer, BatchNormBase) or is_foreign_sync(layer):
         return "not converted"
-    kind = "InstanceNorm" if isinstance(layer, _InstanceNorm) else type(layer).__name__
+    kind = "InstanceNorm" if isinstance(layer, InstanceNormBase) else type(layer).__name__
     return f"{kind} has no batch statistics"

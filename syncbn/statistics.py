@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
-from syncbn import calls, checks, comm
+from syncbn import calls, checks, comm, torch_private
 from syncbn.loader import EvenLoader
 from syncbn.measured import Layers, is_synchronized, layers_of, measuring
 from syncbn.names import Pooling
@@ -179,7 +179,7 @@ def _check(model: object, forward: object, momentum: object) -> float | None:
             f"momentum must be the share of the way to the new statistics, from 0 to 1, or None; got {momentum!r}. "
             "Leave it away to replace the old ones."
         )
-    if torch._C._current_graph_task_id() != -1:
+    if torch_private.backward_id() != -1:
         raise RuntimeError(
             "Statistics can be replaced between steps only; got a call within a backward, which may still need the old "
             "ones. Call it after backward() has returned."

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from syncbn import classes, watched
+from syncbn import classes, torch_private, watched
 from syncbn.module import SyncBatchNorm
+from syncbn.torch_private import BatchNormBase
 
 _FOREIGN = {"SyncBatchNorm", "NaiveSyncBatchNorm", "SyncBatchNormAct"}
 _FOREIGN |= {f"SynchronizedBatchNorm{rank}d" for rank in (1, 2, 3)}
@@ -116,9 +116,9 @@ def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put new wherever old stands below root; the root after that."""
     if old is not new:
         for parent in list(root.modules()):
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = new
+            children = torch_private.own_modules(parent)
+            for name in [name for name, child in children.items() if child is old]:
+                children[name] = new
     return new if old is root else root
 
 
@@ -147,7 +147,7 @@ def activation_of(layer: nn.Module) -> str | None:
 
 def channels_of(layer: Any) -> int | None:
     """num_features, as the layer or its tensors say; None if nothing does."""
-    if isinstance(layer, _BatchNorm) and "num_features" in layer.__dict__:
+    if isinstance(layer, BatchNormBase) and "num_features" in layer.__dict__:
         return layer.num_features
     return next((t.numel() for t in (layer.running_mean, layer.weight, layer.bias) if t is not None), None)
 
@@ -165,5 +165,5 @@ def make_plain(layer: Any) -> None:
     layer.num_features = channels_of(layer)
     layer.__dict__.setdefault("affine", layer.weight is not None)
     layer.__dict__.setdefault("track_running_stats", layer.running_mean is not None)
-    if "num_batches_tracked" not in layer._buffers:
+    if "num_batches_tracked" not in torch_private.own_tensors(layer)[1]:
         layer.register_buffer("num_batches_tracked", None)

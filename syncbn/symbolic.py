@@ -1,7 +1,6 @@
-"""Tracers that write down calls: to torch.fx a layer is one node, and torch.jit is told of no check.
+"""torch.fx, which writes down calls: a layer is one node to it.
 
 To torch.fx a layer is a call_module node and a call of the function a call_function node, as torch's own are.
-To torch.jit a call is the operations that composed.py makes of it, and its sizes are tensors while it traces.
 """
 
 import sys
@@ -9,11 +8,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
 from torch.fx import Proxy, Tracer
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from syncbn import checks
+from syncbn import checks, torch_private
 
 
 class Leaf:
@@ -24,7 +21,7 @@ class Leaf:
     """
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        if is_fx_symbolic_tracing():
+        if torch_private.is_fx_tracing():
             tracer = _tracer_of_call(sys._getframe(1))
             if tracer is not None:
                 path = tracer.path_of_module(self)  # type: ignore[arg-type]  # a module
@@ -56,13 +53,3 @@ def call_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     for each in given:
         checks.check_symbolic(each)
     return symbols[0].tracer.create_proxy("call_function", function, args, kwargs)
-
-
-def untraced(check: Callable[..., None], *given: Any) -> None:
-    """check(*given) on numbers: to compare a size that is traced would warn that the graph does not compare it."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in its stubs, as below
-    try:
-        check(*given)
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -51,6 +51,8 @@ LEVELS += [
     "names",
     "comm",
     "backends",
+    "formulas",
+    "torch_private",
 ]
 """From top to bottom; a file imports from lower ones only."""
 

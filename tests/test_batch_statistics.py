@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from syncbn import backends, composed
-from syncbn.backends import Epilogue, Running, reference
+from syncbn.backends import reference
 from syncbn.fingerprint import MOST, VOTE
+from syncbn.formulas import Epilogue, Running
 from syncbn.functional import sync_batch_norm
 from tests.support import cpu_backends
 

@@ -21,8 +21,9 @@ from benchmarks.harness import Budget
 from benchmarks.shapes import DTYPES, Plan
 from syncbn import backends
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.backends import Running, gpu
+from syncbn.backends import gpu
 from syncbn.backends.recent import Recent
+from syncbn.formulas import Running
 from tests import test_gpu_device
 from tests.support.oracle import in_layout
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn.backends import ACTIVATIONS, Epilogue, Running, cpu, cpu_library, reference
+from syncbn.backends import cpu, cpu_library, reference
+from syncbn.formulas import ACTIVATIONS, Epilogue, Running
 from tests.support.cpu_backends import needs_library
 
 pytestmark = needs_library

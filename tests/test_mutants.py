@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn import backends, comm, direct
-from syncbn.backends import Epilogue, Running
+from syncbn.formulas import Epilogue, Running
 from tests import test_batch_statistics
 from tests.support.cpu_backends import ON_CPU
 from tests.support.layer_runs import check, run_case

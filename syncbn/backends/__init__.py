@@ -12,37 +12,12 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
-LEAKY_SLOPE = 0.01
-GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Epilogue(NamedTuple):
-    """What follows x̂, each entry optional: weight, bias (C); residual (N, C, *S); mask bool (N, *S)."""
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    mask: Tensor | None = None
-    activation: str | None = None
-
-
-class Running(NamedTuple):
-    """The buffers that `normalize` moves; momentum None means the cumulative average, 1/num_batches_tracked.
-
-    skip_nonfinite: a channel whose mean or variance is not finite moves neither.
-    """
-
-    mean: Tensor
-    var: Tensor
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    skip_nonfinite: bool = True
+from syncbn.formulas import DTYPES, Epilogue, Running
 
 
 class Backend(Protocol):
@@ -119,7 +94,7 @@ def name_for(x: Tensor) -> str:
         return _forced
     if x.device.type == "cpu":
         return _on_cpu()
-    if x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton():
+    if x.device.type == "cuda" and x.dtype in DTYPES and _has_triton():
         return "gpu"
     _say_reference(x.device.type, x.dtype)
     return "reference"
@@ -150,7 +125,7 @@ def _has_triton() -> bool:
 @functools.cache
 def _say_reference(device: str, dtype: torch.dtype) -> None:
     """Once for each device type and dtype, that the slow path serves it."""
-    reason = "triton is not installed" if device == "cuda" and dtype in GPU_DTYPES else "no back-end is made for them"
+    reason = "triton is not installed" if device == "cuda" and dtype in DTYPES else "no back-end is made for them"
     logging.getLogger("syncbn").debug("%s tensors on %s take plain torch operations: %s", dtype, device, reason)
 
 
@@ -174,8 +149,3 @@ def _load(name: str) -> Backend:
 
         return reference
     raise ValueError(f"There is no back-end named {name!r}; there are 'cpu', 'gpu' and 'reference'.")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: statistics are never held in half precision."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

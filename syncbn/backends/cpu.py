@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.backends import ACTIVATIONS, LEAKY_SLOPE, Epilogue, Running, compute_dtype
 from syncbn.backends.cpu_library import (
     DTYPES,
     NO_MOMENTUM,
@@ -22,7 +21,7 @@ from syncbn.backends.cpu_library import (
     pack_own,
     verb,
 )
-from syncbn.backends.reference import MOST
+from syncbn.formulas import ACTIVATIONS, LEAKY_SLOPE, MOST, Epilogue, Running, compute_dtype
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _FLOAT64 = (torch.float64,)

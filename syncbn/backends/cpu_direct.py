@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.backends import Epilogue, Running, compute_dtype
 from syncbn.backends.cpu import alike, is_readable, is_side_by_side
 from syncbn.backends.cpu_library import Own, pack_alike, pack_own, verb
+from syncbn.formulas import Epilogue, Running, compute_dtype
 
 At = int | None
 _REST = Own(0)

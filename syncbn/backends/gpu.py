@@ -12,13 +12,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from syncbn.backends import LEAKY_SLOPE, Epilogue, Running, compute_dtype
 from syncbn.backends.gpu_kernels import batch_sums_kernel, normalize_kernel
 from syncbn.backends.gpu_kernels_backward import grad_input_kernel, grad_sums_kernel
 from syncbn.backends.gpu_launch import MOST_PLANS, Plan, launch, make_plan
 from syncbn.backends.gpu_report import report_of
 from syncbn.backends.gpu_workspace import workspace
 from syncbn.backends.recent import Recent
+from syncbn.formulas import LEAKY_SLOPE, Epilogue, Running, compute_dtype
 
 _plans: Recent[Plan] = Recent(MOST_PLANS)
 NOT_RUNNING = (None, None, None, 0.0, True)

@@ -1,16 +1,14 @@
 """Launches for calls that are all alike: what gpu.py works out in each call is laid out once, here."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from syncbn.backends import Epilogue, Running, compute_dtype, gpu, gpu_report, gpu_workspace
+from syncbn import torch_private
+from syncbn.backends import gpu, gpu_report, gpu_workspace
 from syncbn.backends.gpu_launch import Plan
 from syncbn.backends.gpu_triton import Launch, direct_launch, has_listeners
 from syncbn.backends.gpu_workspace import Workspace
-
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+from syncbn.formulas import Epilogue, Running, compute_dtype
 
 
 class Step:
@@ -57,7 +55,7 @@ class Launches:
         """
         if addresses & 15 or has_listeners():
             return None
-        if self.on_cuda and _current_device() != self.index:
+        if self.on_cuda and torch_private.current_cuda_device() != self.index:
             return None
         if self.is_capturing():
             return None

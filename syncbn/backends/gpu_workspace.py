@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from syncbn import torch_private
+
 MOST_STREAMS = 64
 CAPTURED_SEMAPHORES = 1 << 16
 
@@ -46,7 +48,7 @@ def current_stream(device: torch.device) -> int:
 
 def questions(device: torch.device) -> tuple[Callable[[], bool], Callable[[], int]]:
     """`is_capturing` and `current_stream` of this device, without looking at it each time."""
-    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own code generators ask
+    raw_stream = torch_private.raw_cuda_stream
     if device.type != "cuda" or raw_stream is None:
         return lambda: is_capturing(device), lambda: current_stream(device)
     return torch.cuda.is_current_stream_capturing, functools.partial(raw_stream, device.index)

@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from syncbn.backends import Epilogue, Running, gpu
+from syncbn.backends import gpu
+from syncbn.formulas import Epilogue, Running
 from tests.support import machine_code
 
 POINTERS = {

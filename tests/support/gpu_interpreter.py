@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncbn.backends import Epilogue, Running
+from syncbn.formulas import Epilogue, Running
 from syncbn.functional import sync_batch_norm
 from tests.support.oracle import UNIT, Call, Case, Outcome, compare, make_calls
 from tests.support.triton_process import TritonProcess

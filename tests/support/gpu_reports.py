@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.backends import Epilogue, Running, reference
+from syncbn.backends import reference
+from syncbn.formulas import Epilogue, Running
 from tests.support.gpu_interpreter import device_of
 from tests.support.oracle import in_layout
 

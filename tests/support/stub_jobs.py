@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.backends import Epilogue, Running
+from syncbn.formulas import Epilogue, Running
 from tests.support.oracle import in_layout
 from tests.support.stub_device import STREAM, stub
 
