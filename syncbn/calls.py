@@ -90,7 +90,7 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     thread, place = get_ident(), (call, direction, time.monotonic())
     _enter(thread, call, place, None)
     try:
-        summed = comm.functional_sum(wire, group_name)[..., :-2]
+        summed = comm.functional_sum(wire, group_name, call.group)[..., :-2]
         _done(call, place)
     except RuntimeError as error:
         raise _failed(place, error) from error

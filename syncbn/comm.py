@@ -85,8 +85,10 @@ def all_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
     return sums
 
 
-def functional_sum(sums: Tensor, group_name: str) -> Tensor:
-    """`all_sum` into a new tensor, by operations that can be traced."""
+def functional_sum(sums: Tensor, group_name: str, group: ProcessGroup | None = None) -> Tensor:
+    """`all_sum` into a new tensor, by operations that can be traced; group is given where it is not being traced."""
+    if not torch_private.can_trace_sums and group is not None:
+        return all_sum(sums.clone(), group)
     return torch_private.wait_tensor(torch_private.all_reduce(sums.contiguous(), "sum", group_name))
 
 

@@ -141,14 +141,10 @@ def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | N
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or (residual is not None and (type(residual) not in _PLAIN or residual.is_meta))
-        or (torch_private.are_transforms_active() and any(map(_is_transformed, (x, residual, *others))))
+        or torch_private.is_transformed(x, residual, *others)
         or torch_private.is_forward_ad_on(x, residual, *others)
         or x.is_meta
     )
-
-
-def _is_transformed(t: Tensor | None) -> bool:
-    return t is not None and torch_private.is_wrapped(t)
 
 
 def _by_backend(call: checks.Checked, label: Label) -> Tensor:

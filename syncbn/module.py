@@ -101,7 +101,7 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         """`forward` with the activation given by the caller."""
         self._check_input_dim(input)
         training = self.training
-        parameters, buffers = torch_private.own_tensors(self)
+        parameters, buffers, _ = torch_private.own_parts(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
         mean = var = tracked = None

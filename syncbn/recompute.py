@@ -68,7 +68,8 @@ class _Record:
 def is_ordinary() -> bool:
     """Whether autograd records this call, outside of any region that may be recomputed and of any backward."""
     is_hooked = torch_private.top_hooks(True) is not None
-    return torch.is_grad_enabled() and not is_hooked and torch_private.backward_id() == -1
+    is_seen = torch_private.can_see_hooks and torch.is_grad_enabled()
+    return is_seen and not is_hooked and torch_private.backward_id() == -1
 
 
 def taken_once(take: Callable[[], Taken], channels: int, recorded: bool, site: str = "") -> tuple[Taken, bool]:

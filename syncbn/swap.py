@@ -116,7 +116,7 @@ def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put new wherever old stands below root; the root after that."""
     if old is not new:
         for parent in list(root.modules()):
-            children = torch_private.own_modules(parent)
+            children = torch_private.own_parts(parent)[2]
             for name in [name for name, child in children.items() if child is old]:
                 children[name] = new
     return new if old is root else root
@@ -165,5 +165,5 @@ def make_plain(layer: Any) -> None:
     layer.num_features = channels_of(layer)
     layer.__dict__.setdefault("affine", layer.weight is not None)
     layer.__dict__.setdefault("track_running_stats", layer.running_mean is not None)
-    if "num_batches_tracked" not in torch_private.own_tensors(layer)[1]:
+    if "num_batches_tracked" not in torch_private.own_parts(layer)[1]:
         layer.register_buffer("num_batches_tracked", None)

@@ -121,15 +121,13 @@ _VMAP = "a misuse of torch.vmap is told by torch, not in our words"
 _MANY = "batched gradients are refused"
 has_storage = _torchs("torch._C:_has_storage", _has_address, _SLOWER)
 are_transforms_active = _torchs("torch._C:_are_functorch_transforms_active", _always(True), f"{_SLOWER}; {_FUNC}")
-is_wrapped: Callable[[Tensor], bool] = _torchs("torch._C._functorch:is_functorch_wrapped_tensor", _always(True), _FUNC)
+_is_wrapped: Callable[[Tensor], bool] = _torchs("torch._C._functorch:is_functorch_wrapped_tensor", _always(True), _FUNC)
 _is_batched: Callable[[Tensor], bool] = _torchs("torch._C._functorch:is_batchedtensor", _always(False), _VMAP)
 _unwrapped: Callable[[Tensor], Tensor | None] = _torchs("torch._C._functorch:get_unwrapped", _always(None), _VMAP)
 _CLEAR = "torch._functorch.pyfunctorch:temporarily_clear_interpreter_stack"
 unmapped: Callable[[], contextlib.AbstractContextManager[Any]] = _torchs(_CLEAR, contextlib.nullcontext, _FUNC)
-"""Within it, no transform of torch.func is in force, for a call of which it transforms no tensor.
-
-Such is a call that is recomputed for a backward which is mapped over; in its first pass there was no transform.
-"""
+"""Within it, no transform of torch.func is in force: for a call of whose tensors it transforms none, such as one that
+is recomputed for a backward which is mapped over; in its first pass there was no transform."""
 _dispatch_keys: Callable[[Tensor], Any] | None = _torchs("torch._C:_dispatch_keys", None, _MANY)
 remove_batch_dim = _needed("torch:_remove_batch_dim", _MANY)
 add_batch_dim = _needed("torch:_add_batch_dim", _MANY)
@@ -137,12 +135,18 @@ _unpack_dual: Any = forward_ad.unpack_dual
 _has_ad_level = _torchs("torch.autograd.forward_ad:_current_level", None, _SLOWER) is not None
 
 
+def is_transformed(*given: Tensor | None) -> bool:
+    """Whether torch.func transforms any of these tensors."""
+    return are_transforms_active() and any(t is not None and _is_wrapped(t) for t in given)
+
+
 def is_mapped(t: Tensor | None) -> bool:
     """By torch.vmap, at any level of torch.func's transforms."""
-    while t is not None and is_wrapped(t):
-        if _is_batched(t):
-            return True
-        t = _unwrapped(t)
+    with contextlib.suppress(RuntimeError):  # of what is not known to be wrapped, and is not
+        while t is not None and is_transformed(t):
+            if _is_batched(t):
+                return True
+            t = _unwrapped(t)
     return False
 
 
@@ -162,12 +166,12 @@ def is_forward_ad_on(*given: Tensor | None) -> bool:
 
 backward_id = _torchs("torch._C:_current_graph_task_id", _always(-1), "reentrant regions sum again when recomputed")
 """Of the backward pass that is running; -1 if none is."""
-_REGIONS = "non-reentrant checkpointed regions sum again when they are recomputed"
-top_hooks: Any = _torchs("torch._C._autograd:_top_saved_tensors_default_hooks", _always(None), _REGIONS)
+_REGIONS = f"non-reentrant checkpointed regions sum again when they are recomputed; {_SLOWER}"
+top_hooks: Any = _torchs("torch._C._autograd:_top_saved_tensors_default_hooks", None, _REGIONS)
 """The innermost hooks on saved tensors, pack and unpack, of whatever is in force; None if there are none."""
 pop_hooks: Any = _torchs("torch._C._autograd:_pop_saved_tensors_default_hooks", None, _REGIONS)
 push_hooks: Any = _torchs("torch._C._autograd:_push_saved_tensors_default_hooks", None, _REGIONS)
-_MODES = "selective checkpointing refuses recomputations"
+_MODES = "selective checkpointing may refuse a recomputation"
 count_modes = _torchs("torch._C:_len_torch_dispatch_stack", _always(0), _MODES)
 modes: Any = _torchs("torch.utils._python_dispatch:_get_current_dispatch_mode_stack", list, _MODES)
 """What hears of every operation; what a mode itself does is not heard by it."""
@@ -203,7 +207,8 @@ _missing += [
     for setter, variable in (("_checkpoint_hook", "frame"), ("_recomputation_hook", "target_frame_ref"))
     if not _knows(setter, variable)
 ]
-if pop_hooks is None or push_hooks is None:  # they can be seen only if they can be put back
+can_see_hooks = None not in (top_hooks, pop_hooks, push_hooks)
+if not can_see_hooks:
     top_hooks = _always(None)
 if None in (pop_mode, push_mode) or type(None) in selective_modes:
     count_modes = _always(0)
@@ -246,9 +251,10 @@ def is_everything_heard() -> bool:
 
 WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """What torch's wrappers call the module that they wrap; a parallel wrapper calls it `module`."""
-_COMPOSED = "compiled, traced and mapped calls with peers are refused"
+_COMPOSED = "compiled and traced calls with peers are refused"
 all_reduce: Callable[[Tensor, str, str], Tensor] = _needed("torch:ops._c10d_functional.all_reduce", _COMPOSED)
 wait_tensor: Callable[[Tensor], Tensor] = _needed("torch:ops._c10d_functional.wait_tensor", _COMPOSED)
+can_trace_sums = not any(_COMPOSED in each for each in _missing)
 default_store = _needed("torch.distributed.distributed_c10d:_get_default_store", "hangs are reported by one rank alone")
 _JOIN = "a call within DistributedDataParallel.join() is not refused, and layers may have numbers for names"
 _torchs("torch.nn.parallel:DistributedDataParallel._active_ddp_module", None, _JOIN)
@@ -257,14 +263,9 @@ raw_cuda_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurre
 """By which torch's own code generators ask for the stream of a device; a CPU build has neither."""
 
 
-def own_tensors(module: nn.Module) -> tuple[Any, Any]:
-    """Parameters and buffers by name: Module.__getattr__ takes ten times as long for each."""
-    return module._parameters, module._buffers
-
-
-def own_modules(module: nn.Module) -> Any:
-    """By name, each as often as it is there."""
-    return module._modules
+def own_parts(module: nn.Module) -> tuple[Any, Any, Any]:
+    """Parameters, buffers and modules by name: Module.__getattr__ takes ten times as long for each."""
+    return module._parameters, module._buffers, module._modules
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
