@@ -8,12 +8,14 @@ from syncbn.freeze import freeze, unfreeze
 from syncbn.inspection import checking
 from syncbn.loader import EvenLoader
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncbn.profile import Profile, profiling
 from syncbn.report import conversion_report
 from syncbn.statistics import recompute_statistics, synchronize_statistics
 
 __version__ = "0.1.0"
 __all__ = [
     "EvenLoader",
+    "Profile",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -26,6 +28,7 @@ __all__ = [
     "name_layers",
     "new_group",
     "plain",
+    "profiling",
     "recompute_statistics",
     "register_converter",
     "revert_sync_batchnorm",

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, composed, recompute, torch_private
+from syncbn import calls, composed, profile, recompute, torch_private
 from syncbn.backends import Backend, select
 from syncbn.formulas import Epilogue, Running
 from syncbn.names import BACKWARD, FORWARD, FUNCTION, Call, Label
@@ -75,7 +75,8 @@ class NormalizeBatch(torch.autograd.Function):
         x, weight, bias, residual, mask, *statistics = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:4]
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        grads = gradients(dy, x, epilogue, statistics, options.eps, ctx.call, ctx.backend, needed)
+        with profile.labelled(BACKWARD, options.label):
+            grads = gradients(dy, x, epilogue, statistics, options.eps, ctx.call, ctx.backend, needed)
         return *grads, None, None
 
 

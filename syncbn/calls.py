@@ -9,12 +9,12 @@ import time
 import weakref
 from collections.abc import Callable
 from threading import get_ident
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from syncbn import comm, fingerprint, inspection, mixups, progress, watch
+from syncbn import comm, fingerprint, inspection, mixups, profile, progress, watch
 from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, Pooling, Step, name_by_path
 from syncbn.progress import Progress
 
@@ -67,7 +67,7 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
     _enter(thread, call, place, device)
     try:
         try:
-            comm.all_sum(wire, call.group)
+            _recorded(comm.all_sum, wire, place, call.group)
         except RuntimeError as error:
             raise _failed(place, error) from error
         if device is not None:
@@ -90,12 +90,23 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     thread, place = get_ident(), (call, direction, time.monotonic())
     _enter(thread, call, place, None)
     try:
-        summed = comm.functional_sum(wire, group_name, call.group)[..., :-2]
+        summed = _recorded(comm.functional_sum, wire, place, group_name, call.group)[..., :-2]
         _done(call, place)
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
         watch.now.pop(thread, None)
+    return summed
+
+
+def _recorded(sum_over_ranks: Callable[..., Tensor], wire: Tensor, place: Place, *group: Any) -> Tensor:
+    """The sum, with its time taken if somebody profiles."""
+    record = profile.recording
+    if record is None:
+        return sum_over_ranks(wire, *group)
+    begun = record.mark(wire)
+    summed = sum_over_ranks(wire, *group)
+    record.add(place[0], place[1], wire.numel() * wire.itemsize, begun, record.mark(wire))
     return summed
 
 
@@ -105,8 +116,12 @@ def awaited(what: Step | Pooling, answer: Callable[[], T]) -> T:
         watch.start()
     thread, place = get_ident(), (what, FORWARD, time.monotonic())
     watch.now[thread] = place
+    record, begun = profile.recording, time.perf_counter()
     try:
-        return answer()
+        answered = answer()
+        if record is not None:
+            record.add(what, FORWARD, 0, begun, time.perf_counter())
+        return answered
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:

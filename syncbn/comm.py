@@ -34,10 +34,8 @@ class Unusual(Exception):
 
 
 class NotAMember(Unusual):
-    """This rank does not belong to the process group it was asked to synchronise over.
-
-    Where torch gave it no group but a sign that it is in none, ranks are those of the newest group made without it.
-    """
+    """This rank does not belong to the process group; where torch gave it only a sign that it is in none, ranks are
+    those of the newest group made without it."""
 
     def __init__(self, rank: int, ranks: list[int], is_sure: bool) -> None:
         self.rank, self.ranks, self.is_sure = rank, ranks, is_sure
@@ -144,6 +142,13 @@ def from_rank(sent: Any, rank: int, group: ProcessGroup, device: torch.device) -
     return box[0]
 
 
+def from_all(sent: Any, group: ProcessGroup) -> list[Any]:
+    """What each rank of the group sends; it is pickled."""
+    box: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(box, sent, group=group)
+    return box
+
+
 def new_group(scope: int | str) -> ProcessGroup | None:
     """The process group of this rank among groups of consecutive ranks, for `process_group`.
 
@@ -245,9 +250,9 @@ def world() -> ProcessGroup | None:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def rank() -> int:
-    """Of this process in the default group."""
-    return dist.get_rank()
+def rank(group: ProcessGroup | None = None) -> int:
+    """Of this process in the group, or the default one."""
+    return dist.get_rank(group)
 
 
 def progress_of(group: ProcessGroup) -> int:
@@ -283,11 +288,6 @@ def is_joining() -> bool:
 def size_of(group: ProcessGroup | None) -> int:
     """How many ranks; alone, one."""
     return 1 if group is None else dist.get_world_size(group)
-
-
-def rank_in(group: ProcessGroup) -> int:
-    """Of this process among the group's."""
-    return dist.get_rank(group)
 
 
 def side_group(group: ProcessGroup, seconds: float) -> ProcessGroup:

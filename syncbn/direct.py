@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, comm, recompute, torch_private
+from syncbn import calls, comm, profile, recompute, torch_private
 from syncbn.autograd import changed, gradients
 from syncbn.backends import name_for, select
 from syncbn.backends.recent import Recent
@@ -87,13 +87,18 @@ class NormalizeDirectly(torch.autograd.Function):
         numbers = *floats, *calls.mark_of(call)
         launches.normalized.launch(stream, at, residual_at, None, kept_at, *addresses, None, *results, *numbers)
         ctx.save_for_backward(x, weight, bias, residual if kind.activation is not None else None, kept)
-        ctx.rest = kind, call, eps
+        ctx.rest = kind, call, eps, label
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with profile.labelled(BACKWARD, ctx.rest[-1]):
+            return NormalizeDirectly._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, kept = ctx.saved_tensors
-        kind, call, eps = ctx.rest
+        kind, call, eps, _ = ctx.rest
         needs_dx, _, _, needs_dresidual, *_ = needed = ctx.needs_input_grad[:4]
         fused = needs_dresidual and kind.activation is not None
         launches = kind.launches

@@ -1,18 +1,15 @@
 """The layer as a function: what is checked, and which of the three ways a call goes."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import checks, comm, composed, direct, symbolic, torch_private
+from syncbn import checks, comm, composed, direct, profile, symbolic, torch_private
 from syncbn.autograd import NormalizeBatch, Options
 from syncbn.formulas import Epilogue, Running, finish
-from syncbn.names import FUNCTION, Call, Label
+from syncbn.names import FORWARD, FUNCTION, Call, Label
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_ORDINARILY = contextlib.nullcontext()
 
 
 def sync_batch_norm(
@@ -111,26 +108,29 @@ def normalize(
 
     A call like an earlier one has been checked, but for its numbers and its group.
     """
-    is_traced = torch_private.is_jit_tracing()
-    is_composed = (training or statistics[0] is None) and (
-        is_traced or _is_looked_into(x, residual, (weight, bias, mask, *statistics[:3]))
-    )
-    if training and mask is None and not is_composed:
-        y = direct.normalize(process_group, x, statistics, weight, bias, eps, residual, activation, label)
-        if y is not None:
-            return y
-    epilogue = Epilogue(weight, bias, residual, mask, activation)
-    given = process_group, x, training, statistics, epilogue, eps, is_composed
-    call = torch_private.untraced(checks.checked, *given) if is_traced else checks.checked(*given)
-    if call.running is not None and not training:
-        return _evaluate(call.x, call.running, _whole(call), call.eps)
-    if is_composed:
-        is_written = is_traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
-        named = None if call.group is None or is_written else Call(label, call.group, x, activation, True)
-        name = comm.name_of(call.group)
-        return composed.normalize_batch(x, _whole(call), call.eps, name, call.running, call=named)
-    with torch_private.unmapped() if torch_private.are_transforms_active() else _ORDINARILY:
-        return _by_backend(call, label)
+    with profile.labelled(FORWARD, label):
+        is_traced = torch_private.is_jit_tracing()
+        is_composed = (training or statistics[0] is None) and (
+            is_traced or _is_looked_into(x, residual, (weight, bias, mask, *statistics[:3]))
+        )
+        if training and mask is None and not is_composed:
+            y = direct.normalize(process_group, x, statistics, weight, bias, eps, residual, activation, label)
+            if y is not None:
+                return y
+        epilogue = Epilogue(weight, bias, residual, mask, activation)
+        given = process_group, x, training, statistics, epilogue, eps, is_composed
+        call = torch_private.untraced(checks.checked, *given) if is_traced else checks.checked(*given)
+        if call.running is not None and not training:
+            return _evaluate(call.x, call.running, _whole(call), call.eps)
+        if is_composed:
+            is_written = is_traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
+            named = None if call.group is None or is_written else Call(label, call.group, x, activation, True)
+            name = comm.name_of(call.group)
+            return composed.normalize_batch(x, _whole(call), call.eps, name, call.running, call=named)
+        if not torch_private.are_transforms_active():
+            return _by_backend(call, label)
+        with torch_private.unmapped():
+            return _by_backend(call, label)
 
 
 def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | None, ...]) -> bool:

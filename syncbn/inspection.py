@@ -83,7 +83,7 @@ def compare(call: Call, direction: str, patience: float) -> str | None:
     ranks = comm.ranks_of(call.group) or ()
     rows = torch.zeros(len(ranks), ROW, dtype=torch.uint8)
     own = json.dumps(Row.of(call, direction)).encode()
-    rows[comm.rank_in(call.group), : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    rows[comm.rank(call.group), : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     side = comm.side_group(call.group, patience)
     comm.all_sum(rows, side)
     found = [_decoded(row.numpy().tobytes()) for row in rows]

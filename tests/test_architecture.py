@@ -41,6 +41,7 @@ LEVELS += [
     "composed",
     "recompute",
     "calls",
+    "profile",
     "inspection",
     "watch",
     "mixups",

@@ -1,0 +1,212 @@
+"""Where synchronized layers spend their time: how long their sums over the ranks take, and which rank came last.
+
+Of the ranks in a sum, the one that came last waits least. So each rank measures how long it was in each sum, by its own
+clock, or on a GPU by events on the stream; the ranks' times are put together once, at the end.
+"""
+
+import contextlib
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn import comm, torch_private
+from syncbn.names import Call, Label, Pooling, Step
+
+recording: "Profile | None" = None
+"""The one that is open in this process."""
+_UNLABELLED = contextlib.nullcontext()
+_HEADS = ("layer", "direction", "calls", "bytes", "ms a call", "% of time", "ms waited", "came last")
+
+
+class Row(NamedTuple):
+    """The sums of one layer in one direction. bytes are those that a rank gave to all calls; seconds is the time in
+    them, the mean over the ranks, and share that of the block's; last is the rank that the others waited longest for,
+    waited how long that was, and last_calls in how many calls it came last.
+    """
+
+    layer: str
+    direction: str
+    calls: int
+    bytes: int
+    seconds: float
+    share: float
+    waited: float
+    last: int
+    last_calls: int
+
+
+class _Sums:
+    """Of one group on this rank, in order: by place in `kinds`, which layer and direction, and how long each took."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[tuple[str, str, int], int] = {}
+        self.which, self.spans = array("I"), list[Any]()
+
+    def seconds(self) -> "array[float]":
+        """On a GPU, when it has come so far."""
+        times = ((a, b) if isinstance(a, float) else (0.0, a.elapsed_time(b) / 1e3) for a, b in self.spans)
+        return array("d", (end - begin for begin, end in times))
+
+
+class Profile:
+    """What `profiling` found, alike on every rank once its block has been left.
+
+    rows has a `Row` for each layer and direction, the longest waited for first; seconds is the block's time, the mean
+    over the ranks; str() of it is a table.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.seconds = 0.0
+        self._begun = time.perf_counter()
+        self._sums: dict[tuple[int, ...], _Sums] = {}
+        self._devices: set[torch.device] = set()
+
+    def mark(self, wire: Tensor) -> Any:
+        """This moment, on the host or in the stream; None while a graph is captured."""
+        if not wire.is_cuda:
+            return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        self._devices.add(wire.device)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
+        event.record()
+        return event
+
+    def add(self, what: "Call | Step | Pooling", direction: str, size: int, begun: Any, ended: Any) -> None:
+        """A sum of so many bytes has been taken, between these marks."""
+        if begun is None or ended is None:
+            return
+        sums = self._sums.setdefault(comm.ranks_of(what.group) or (), _Sums())
+        name = what.label.name if isinstance(what, Call) else what.what()
+        sums.which.append(sums.kinds.setdefault((name, direction, size), len(sums.kinds)))
+        sums.spans.append((begun, ended))
+
+    def close(self, is_whole: bool) -> None:
+        """Put the ranks' times together; of a block that raised, this rank's alone."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        self.seconds = time.perf_counter() - self._begun
+        own = {ranks: (list(s.kinds), s.which, s.seconds()) for ranks, s in self._sums.items()}
+        world, rank = comm.world(), 0 if comm.world() is None else comm.rank()
+        found = {rank: (self.seconds, own)}
+        if is_whole and world is not None and comm.size_of(world) > 1:
+            found = dict(zip(comm.ranks_of(world) or (), comm.from_all(found[rank], world), strict=True))
+        self.seconds = sum(seconds for seconds, _ in found.values()) / len(found)
+        groups = dict.fromkeys(ranks for _, sums in found.values() for ranks in sums)
+        rows = [row for ranks in groups for row in _rows(ranks, found)]
+        self.rows = sorted(rows, key=lambda row: -row.waited)
+
+    def straggler(self) -> tuple[int, float] | None:
+        """The rank that the others waited longest for, and how long; None without peers."""
+        waited: dict[int, float] = {}
+        for row in self.rows:
+            waited[row.last] = waited.get(row.last, 0.0) + row.waited
+        return max(waited.items(), key=lambda each: each[1], default=None)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"No sums over ranks in {self.seconds:.3f} s: this process is alone, or called no layer in training."
+        cells = [_HEADS, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        rank, waited = self.straggler() or (0, 0.0)
+        most = next(row for row in self.rows if row.last == rank)
+        total, calls = sum(row.seconds for row in self.rows), sum(row.calls for row in self.rows)
+        lines += [
+            f"{calls} sums of {sum(row.bytes for row in self.rows)} bytes in {self.seconds:.3f} s: "
+            f"{total:.3f} s in sums, {100 * total / self.seconds:.1f} %",
+            f"The others waited longest for rank {rank}: {waited:.3f} s, most in {most.layer!r} {most.direction}",
+        ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture of the 30 rows with most time in them, and of how much of that was waiting; needs matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Profile.plot draws with matplotlib; got none. Call pip install matplotlib.") from error
+        shown = sorted(self.rows, key=lambda row: row.seconds)[-30:]
+        figure = Figure(figsize=(9, 1.5 + 0.28 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        names = [f"{row.layer} {row.direction}" for row in shown]
+        axes.barh(names, [1e3 * row.seconds / row.calls for row in shown], color="tab:blue", label="in the sum")
+        waited = [1e3 * row.waited / row.calls for row in shown]
+        axes.barh(names, waited, 0.4, color="tab:orange", label="others waited for this rank")
+        for at, row in enumerate(shown):
+            axes.annotate(f" rank {row.last}", (waited[at], at), fontsize=7, va="center")
+        axes.set_xlabel("ms a call")
+        axes.legend(loc="lower right")
+        figure.savefig(path)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    per_call, waited = 1e3 * row.seconds / row.calls, 1e3 * row.waited / row.calls
+    last = f"rank {row.last}, {row.last_calls} of {row.calls}"
+    numbers = str(row.calls), str(row.bytes), f"{per_call:.3f}", f"{100 * row.share:.1f}", f"{waited:.3f}"
+    return row.layer, row.direction, *numbers, last
+
+
+def _rows(ranks: tuple[int, ...], found: dict[int, Any]) -> Iterator[Row]:
+    """Of one group, from what each of its ranks has seen; sums that not all have seen as the same are left out."""
+    seen = {rank: found[rank][1][ranks] for rank in ranks if rank in found and ranks in found[rank][1]}
+    whole = sum(found[rank][0] for rank in seen)
+    kinds = [[kinds[kind] for kind in which] for kinds, which, _ in seen.values()]
+    by_kind: dict[tuple[str, str, int], list[list[float]]] = {}
+    for kind, *others, times in zip(*kinds, zip(*(times for *_, times in seen.values()), strict=False), strict=False):
+        if all(other == kind for other in others):
+            by_kind.setdefault(kind, []).append(list(times))
+    for (layer, direction, size), calls in by_kind.items():
+        waited = dict.fromkeys(seen, 0.0)
+        came_last = dict.fromkeys(seen, 0)
+        for times in calls:
+            last = list(seen)[times.index(min(times))]
+            waited[last] += max(times) - min(times)
+            came_last[last] += 1
+        total, last = sum(map(sum, calls)), max(waited, key=lambda rank: (waited[rank], came_last[rank]))
+        per_rank = total / len(seen), total / whole
+        yield Row(layer, direction, len(calls), size * len(calls), *per_rank, waited[last], last, came_last[last])
+
+
+@contextlib.contextmanager
+def profiling() -> Iterator[Profile]:
+    """Measures the sums over the ranks of every synchronized layer that is called within.
+
+    For each layer and direction: how often, how many bytes, how long a rank is in it on average, which share of the
+    block's time that is, which rank came last, and how long the others waited for it. To be entered and left alike on
+    every rank: there is one gather at the end. On a GPU events are recorded around each sum, without a wait of the host
+    until then. Calls in compiled graphs, and in CUDA graphs that are replayed, are not seen.
+
+    Raises:
+        RuntimeError: within another one.
+
+    Example::
+
+        >>> with syncbn.profiling() as profile:
+        ...     for images, labels in itertools.islice(loader, 20):
+        ...         train_step(images, labels)
+        >>> print(profile)
+    """
+    global recording
+    if recording is not None:
+        raise RuntimeError("Sums are profiled by one at a time; got profiling() within another. Leave that one first.")
+    profile = recording = Profile()
+    is_whole = False
+    try:
+        yield profile
+        is_whole = True
+    finally:
+        recording = None
+        profile.close(is_whole)
+
+
+def labelled(direction: str, label: Label) -> contextlib.AbstractContextManager[Any]:
+    """Names what runs within, in the records of torch.profiler and, by emit_nvtx, NVTX; nothing if nobody records."""
+    if torch.compiler.is_compiling() or not torch_private.is_profiled():
+        return _UNLABELLED
+    return torch.profiler.record_function(f"syncbn.{direction} {label.name}")
