@@ -3,6 +3,7 @@
     python -m syncbn.selfcheck                                     this process alone
     torchrun --nproc-per-node 2 -m syncbn.selfcheck                2 ranks on one machine
     torchrun --nnodes 2 ... --nproc-per-node 8 -m syncbn.selfcheck as the training itself is started
+    torchrun --nproc-per-node 2 -m syncbn.selfcheck --bench        how long the sums over the ranks take, instead
 
 Every rank makes the inputs of all ranks from one seed, runs its own through the layer, and compares output,
 gradients and running statistics with one float64 batch norm of the concatenated batch on the CPU.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import backends, comm
+from syncbn import backends, comm, latency
 from syncbn.module import SyncBatchNorm
 
 CHANNELS, SAMPLES, HEIGHT, WIDTH = 24, 6, 12, 10
@@ -151,11 +152,26 @@ def table_of(errors: dict[Check, float]) -> str:
     return "\n".join(lines)
 
 
+def _bench(rank: int, device: torch.device) -> int:
+    group = comm.peers(None)
+    if group is None:
+        print(
+            "--bench measures sums over ranks; got one rank. Start it with torchrun --nproc-per-node 2.",
+            file=sys.stderr,
+        )
+        return 2
+    found = latency.table(group, device)
+    if rank == 0:
+        print(found)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all checks on the ranks torchrun started; 0 if all are right."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip(), formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if every rank has a GPU")
     parser.add_argument("--debug", action="store_true", help="show the library's debug log")
+    parser.add_argument("--bench", action="store_true", help="measure the sums over the ranks, by size")
     options = parser.parse_args(arguments)
     if options.debug:
         logging.basicConfig(level=logging.DEBUG)
@@ -165,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
             print(f"torch {torch.__version__}   device {device.type} ({name})   back-end {path}")
             print(f"ranks {world_size}   transport {transport}", flush=True)
+        if options.bench:
+            return _bench(rank, device)
         errors = {}
         for check in all_checks():
             worst = torch.zeros(world_size, dtype=torch.float64, device=device)

@@ -18,6 +18,7 @@ SOURCE = ROOT / "syncbn"
 LEVELS = [
     "__init__",
     "selfcheck",
+    "latency",
     "compat",
     "statistics",
     "measured",
