@@ -29,8 +29,11 @@ class Classifier(pl.LightningModule):
         self.net = build()
         self.classes_in_training: set[type] = set()
 
+    def norm_classes(self) -> set[type]:
+        return {type(m) for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)}
+
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        self.classes_in_training |= {type(m) for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)}
+        self.classes_in_training |= self.norm_classes()
         images, labels = batch
         return F.cross_entropy(self.net(images), labels)
 
@@ -48,7 +51,7 @@ def main(folder: Path) -> None:
     left = {
         "state": model.net.state_dict(),
         "was_synchronized": model.classes_in_training == {syncbn.SyncBatchNorm2d},
-        "is_reverted": not any(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()),
+        "is_reverted": model.norm_classes() == {nn.BatchNorm2d},
     }
     torch.save(left, folder / f"rank-{trainer.global_rank}.pt")
 
