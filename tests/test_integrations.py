@@ -1,10 +1,6 @@
-"""Real models and trainers of other libraries, built from configuration with random weights."""
+"""Real models of other libraries, built from configuration with random weights."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,15 +109,3 @@ def test_timms_activation_and_drop(act: type, fused: bool, drop: bool) -> None:
     ours_made_it = type(ours(x).grad_fn).__name__.startswith("Normalize")
     assert ours_made_it == (fused and not drop)
     assert type(syncbn.revert_sync_batchnorm(ours)) is layers.BatchNormAct2d
-
-
-def test_lightning(tmp_path: Path) -> None:
-    """Two Lightning processes with the plugin share statistics while they fit, and get their classes back."""
-    pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
-    script = Path(__file__).parent / "support" / "lightning_fit.py"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"mean-{rank}.pt"), torch.full((3,), 0.5))
-        assert (tmp_path / f"reverted-{rank}").exists()
