@@ -1,4 +1,16 @@
-"""The order of the steps and what is kept between them; no arithmetic and no transport of its own."""
+"""The order of the steps and what is kept between them; no arithmetic and no transport of its own.
+
+    forward    x ─batch_sums─► Σx, Σx², n ─all_sum─► of all ranks ─normalize─► y, mean, invstd; running statistics move
+    backward   dy, x ─grad_sums─► Σdz, Σdz·x̂ ─all_sum─► of all ranks ─grad_input─► dx, dresidual
+                          └► dbias, dweight: this rank's own, which DistributedDataParallel averages
+
+How a tensor goes: module.py and functional.py find the way of a call, checks.py looks at it once. Most come here, or to
+direct.py, which has the same steps laid out for calls like earlier ones. The four verbs are a back-end's, backends/.
+The sum is calls.py's, which knows the layer by its label (names.py), compares a fingerprint of the call and lets the
+watch see who waits; comm.py alone talks to other ranks. Whoever looks inside of a call gets the same formula as plain
+operations, composed.py: a compiler, a tracer, torch.func, a second derivative, many cotangents at once. A region that
+is checkpointed runs twice and sums once, recompute.py.
+"""
 
 from typing import Any, NamedTuple
 

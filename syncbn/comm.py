@@ -1,5 +1,6 @@
 """Everything that talks to other ranks: who they are, and one sum over them. The only user of torch.distributed.
 
+A layer needs two things of a transport, `all_sum` in place and `functional_sum`, which a compiler can write down.
 No process group, an uninitialised one and a group of one are the same case: there are no peers.
 """
 
@@ -34,8 +35,7 @@ class Unusual(Exception):
 
 
 class NotAMember(Unusual):
-    """This rank does not belong to the process group; where torch gave it only a sign that it is in none, ranks are
-    those of the newest group made without it."""
+    """This rank is not in the group; if torch gave only a sign of that, ranks are those of the newest without it."""
 
     def __init__(self, rank: int, ranks: list[int], is_sure: bool) -> None:
         self.rank, self.ranks, self.is_sure = rank, ranks, is_sure

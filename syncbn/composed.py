@@ -4,6 +4,16 @@
 
 These are operations that a tracer takes down one by one and autograd differentiates as often as it likes. The one
 collective among them has itself as its derivative: the gradient of a sum over ranks is the sum of the ranks' gradients.
+Under torch.compile it is a functional collective on the group's name, and Inductor fuses the rest with its neighbours:
+the numbers are eager's to rounding, not to the bit. Under create_graph=True the backward composes y again from x and
+the sums it has, and differentiates that; its own backward sums the cotangents of the gradients' sums, of the batch's
+sums and of the layer's ordinary backward, so that there are up to three collectives.
+
+Not possible: differentiating a compiled backward; torch.func.functionalize of a call that moves statistics; make_fx in
+its "real" mode, which writes down what an eager layer's kernels do ("fake" and "symbolic" see plain operations);
+torch.vmap over one set of running statistics, which is refused; torch.vmap over a trace by torch.jit.trace and, with
+peers, any torch.func transform of it. Such a trace holds eps and momentum as numbers, and its process must import
+syncbn if it has peers. Ranks must agree on how many cotangents there are in a batched backward, too.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Freezing batch norm layers so that `.train()` does not thaw them."""
+"""Freezing batch norm layers so that `.train()` does not thaw them.
+
+`swa_utils.update_bn` resets the statistics of frozen layers, as of all batch norms: unfreeze them, or leave them out.
+"""
 
 from typing import Any, TypeVar
 

@@ -40,7 +40,8 @@ class SyncBatchNorm(Leaf, BatchNormBase):
 
     In training the statistics are those of all ranks, by one all-reduce forward and one backward; every rank must
     call the layer equally often. In eval nothing is communicated and ``F.batch_norm`` does the work.
-    num_batches_tracked counts training calls, globally empty ones too; those move no running statistic.
+    num_batches_tracked counts training calls, globally empty ones too; those move no running statistic, and under
+    momentum=None still take a share of the average.
 
     Raises:
         TypeError, ValueError: for a wrong argument, before any communication and with the buffers unchanged.

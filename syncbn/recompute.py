@@ -4,7 +4,13 @@ A checkpointed region runs twice, in the forward pass and again in the backward 
     use_reentrant=False   behind the saved-tensor hooks, as the checkpoint's frame,
     use_reentrant=True    on the Python stack, as the ctx of a CheckpointFunction, torch's or another library's.
 The sums of its calls, each of the size of C, hang on that frame or ctx in the order of the calls, and go with it.
-Of what is not recognised so, nothing is recalled: it sums over the ranks anew, alike on all of them.
+Of what is not recognised so, nothing is recalled: it sums over the ranks anew, alike on all of them, and moves again.
+In a compiled graph the sums are marked as saved; a graph made within an eager region looks them up when it runs.
+
+That is so for a net that was first compiled outside of any region and is then put into one as a whole (checkpoint
+inside of what is compiled, or compile it where it is checkpointed); for calls under torch.enable_grad() in a reentrant
+region; for calls whose tensors torch.func transforms, or in forward-mode AD. A checkpoint function of another library
+is recognised if it is an autograd function named CheckpointFunction; what others run in their backward is new.
 """
 
 import contextlib

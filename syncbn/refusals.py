@@ -1,4 +1,11 @@
-"""Why a layer cannot be swapped or frozen: what would be lost, by the layer's path, before anything has changed."""
+"""Why a layer cannot be swapped or frozen: what would be lost, by the layer's path, before anything has changed.
+
+Refused by conversion: a forward that was set on a layer object or put on torch's class from elsewhere; an attribute
+`activation`, which our layers apply; a weight or statistic that the class computes as a property; a class that cannot
+be extended, that pickles by a __reduce__ of its own or whose __new__ needs arguments; a subclass of nn.SyncBatchNorm.
+For all of these there is register_converter. Freezing refuses such classes, not such forwards, and a `train` that was
+set on the object; reverting refuses a subclass of ours that changes a part of the call.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

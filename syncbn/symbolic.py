@@ -1,6 +1,10 @@
 """torch.fx, which writes down calls: a layer is one node to it.
 
 To torch.fx a layer is a call_module node and a call of the function a call_function node, as torch's own are.
+Its passes know torch's classes only: call fusion and prepare_qat_fx within syncbn.plain, torch.jit.script, too. What
+prepare_qat_fx makes of ordinary layers can be converted afterwards. What folds a layer by its attributes, as
+fuse_conv_bn_eval does, does not see its fused activation; what counts operations in a trace of training (fvcore) sees
+plain ones in the place of a batch norm.
 """
 
 import sys

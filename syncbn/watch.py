@@ -6,7 +6,8 @@ waiting rank logs, once a hang. It has a connection of its own to the store, on 
 
     alarm/1    who rang, and the ranks of the group      alarm/1/rank    where that rank is      alarm/1/table
 
-A look costs a message of some 60 bytes: at 1,024 ranks and an interval of 2 s, the store answers 512 a second.
+A look costs a message of some 60 bytes: at 1,024 ranks and an interval of 2 s, the store answers 512 a second. If the
+process that hosts the store ends before the others, torch prints a warning there; under torchrun the launcher hosts it.
 """
 
 import atexit

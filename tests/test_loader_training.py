@@ -118,7 +118,7 @@ def _readme() -> float:
     names = {name: globals()[name] for name in ("torch", "dist", "syncbn", "F")}
     names |= {"model": DistributedDataParallel(syncbn.convert_sync_batchnorm(build())), "device": "cpu"}
     names |= {"loader": data("none")[dist.get_rank()], "optimizer": optimizer_of(names["model"])}
-    exec(README.split("## Uneven loaders")[1].split("```python\n")[1].split("```")[0], names)
+    exec(README.split("### Uneven loaders")[1].split("```python\n")[1].split("```")[0], names)
     return float(names["mean_loss"])
 
 

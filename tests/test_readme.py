@@ -1,6 +1,8 @@
-"""README.md is true: its snippets run, its links lead somewhere, its numbers are those of the rows it cites."""
+"""README.md and the pages it leads to are true: snippets run, links lead somewhere, numbers are those of the rows."""
 
 import csv
+import importlib
+import pkgutil
 import re
 import statistics
 from functools import partial
@@ -14,8 +16,10 @@ import syncbn
 from benchmarks import summary
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SECTION = README.split("## Swapping layers")[1].split("\n## ")[0]
+README, MEASURED, TESTED, LAUNCHED = (
+    (ROOT / folder / "README.md").read_text() for folder in ("", "benchmarks", "tests", "launch")
+)
+SECTION = README.split("## Use")[1].split("\n### ")[0]
 
 
 class Model(nn.Module):
@@ -46,14 +50,28 @@ def test_swapping_snippets_run(snippet: str, tmp_path: Path) -> None:
 
 def test_the_section_has_its_snippets() -> None:
     """The pattern above finds what is there."""
-    assert len(re.findall(r"```python\n", SECTION)) == 5
+    assert len(re.findall(r"```python\n", SECTION)) == 3
 
 
 def test_links_lead_somewhere() -> None:
-    """Every file README links to exists."""
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+    """Every file that a page links to exists, and has the section that it is to lead to."""
+    for folder, page in (("", README), ("benchmarks", MEASURED), ("tests", TESTED), ("launch", LAUNCHED)):
+        links = re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", page)
+        for link, section in links:
+            target = ROOT / folder / link
+            assert target.exists(), link
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if section else []
+            assert section in [*(head.lower().replace(" ", "-") for head in heads), ""], section
+    assert len(README.splitlines()) <= 160
+
+
+def test_names_are_there() -> None:
+    """Every name of ours that README writes can be imported, and every module whose docstring it leads to is there."""
+    for name in set(re.findall(r"\bsyncbn\.[a-zA-Z_.0-9]*[a-zA-Z0-9]", README)) - {"syncbn.forward", "syncbn.backward"}:
+        assert pkgutil.resolve_name(name) is not None
+    for name, members in re.findall(r"from (syncbn[a-z.]*) import ([A-Za-z_, ]+)`", README):
+        module = importlib.import_module(name) if name != "syncbn.compat.lightning" else None
+        assert module is None or all(hasattr(module, member) for member in members.split(", "))
 
 
 def test_the_norms_table_is_that_of_the_rows() -> None:
@@ -73,7 +91,7 @@ def test_the_norms_table_is_that_of_the_rows() -> None:
         line = (
             f"| {name} | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | {loss:.3f} | {ms:.0f} |"
         )
-        assert line in README
+        assert line in MEASURED
 
 
 def test_the_recomputed_figures_are_those_of_the_rows() -> None:
@@ -84,7 +102,7 @@ def test_the_recomputed_figures_are_those_of_the_rows() -> None:
         cells = [[100 * float(row[column]) for row in rows if row["norm"] == norm] for column in columns]
         assert [len(values) for values in cells] == [3, 3]
         before, after = (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in cells)
-        assert f"| {name} | {before} | {after} |" in README
+        assert f"| {name} | {before} | {after} |" in MEASURED
 
 
 def spread(rows: list[dict[str, str]], column: str, digits: int = 1, unit: float = 1) -> str:
@@ -100,12 +118,12 @@ def test_the_examples_figures_are_those_of_the_rows() -> None:
         for name in ("sequences", "vae")
     )
     masked, plain = (spread([r for r in speech if r["mask"] == m], "accuracy", 1, 100) for m in ("True", "False"))
-    assert f"accuracy is {masked} % with it and {plain} % without" in README
+    assert f"accuracy is {masked} % with it and {plain} % without" in LAUNCHED
     of = {norm: [row for row in digits if row["norm"] == norm] for norm in ("syncbn", "batch", "none")}
     sync, batch, none = (spread(rows, "bound") for rows in of.values())
-    assert f"is {sync} nats an image with SyncBatchNorm, {batch} with BatchNorm and {none} without a norm" in README
+    assert f"is {sync} nats an image with SyncBatchNorm, {batch} with BatchNorm and {none} without a norm" in LAUNCHED
     again = [spread(of[norm], "recomputed_bound") for norm in ("syncbn", "batch")]
-    assert f"recomputed statistics {again[0]} and {again[1]};" in README
+    assert f"recomputed statistics {again[0]} and {again[1]};" in LAUNCHED
 
 
 def test_the_batch_size_table_is_that_of_the_rows() -> None:
@@ -119,7 +137,7 @@ def test_the_batch_size_table_is_that_of_the_rows() -> None:
         ("InstanceNorm", "instance", "accuracy"),
     ):
         of = [[row for row in rows if (row["norm"], row["batch_per_rank"]) == (norm, n)] for n in "1 2 4 8 16".split()]
-        assert f"| {label} | {' | '.join(spread(some, column, 1, 100) for some in of)} |" in README
+        assert f"| {label} | {' | '.join(spread(some, column, 1, 100) for some in of)} |" in MEASURED
 
 
 def of_a(machine: str, script: str, **chosen: str) -> list[dict[str, str]]:
@@ -149,17 +167,17 @@ def test_the_gpu_figures_of_a_layer_are_those_of_the_rows() -> None:
     graphs, eager = ([row for row in bf16 if row["mode"] == mode] for mode in ("graph", "eager"))
     last, planes = ([row for row in graphs if row["layout"] == layout] for layout in ("channels_last", "contiguous"))
     alone, alone_planes = (over(rows, "syncbn", "nn.BatchNorm") for rows in (last, planes))
-    assert said("takes {:.2f} to {:.2f} times as long as `nn.BatchNorm` on ", alone) + f"{len(alone)} i" in README
-    assert said("and {:.2f} to {:.2f} times on ", alone_planes) + f"{len(alone_planes)} contiguous ones" in README
+    assert said("takes {:.2f} to {:.2f} times as long as `nn.BatchNorm` on ", alone) + f"{len(alone)} i" in MEASURED
+    assert said("and {:.2f} to {:.2f} times on ", alone_planes) + f"{len(alone_planes)} contiguous ones" in MEASURED
     forced = over(graphs, "syncbn.forced", "nn.SyncBatchNorm.forced")
-    assert said("takes {:.2f} to {:.2f} times as long as `nn.SyncBatchNorm` with", forced) in README
+    assert said("takes {:.2f} to {:.2f} times as long as `nn.SyncBatchNorm` with", forced) in MEASURED
     large = [
         row for row in bf16 if row["mode"] == "graph" and row["op"] == "bn" and summary.megabytes(row) >= summary.LARGE
     ]
-    assert said("take {:.2f} to {:.2f} times as long as two copies of them", over(large, "syncbn", "copy")) in README
-    assert said("the layer takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in README
+    assert said("take {:.2f} to {:.2f} times as long as two copies of them", over(large, "syncbn", "copy")) in MEASURED
+    assert said("the layer takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in MEASURED
     host = {row["variant"]: float(row["us"]) for row in of_an_h200("host", shape="2x64x8x8", **{"pass": "both"})}
-    assert f"{host['syncbn']:.0f} µs of the host's time where that takes {host['nn.BatchNorm']:.0f}" in README
+    assert f"{host['syncbn']:.0f} µs of the host's time where that takes {host['nn.BatchNorm']:.0f}" in MEASURED
 
 
 def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
@@ -169,7 +187,7 @@ def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
         ("{:.2f} to {:.2f} of a copy's speed at 64 MB", [row for row in rows if summary.megabytes(row) >= 64]),
         ("{:.2f} to {:.2f} at 3 MB", [row for row in rows if summary.megabytes(row) <= summary.SMALL]),
     ):
-        assert said(words, [1 / float(row["over_copy"]) for row in rows_of if row["cache"] != "hot"]) in README
+        assert said(words, [1 / float(row["over_copy"]) for row in rows_of if row["cache"] != "hot"]) in MEASURED
 
 
 def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
@@ -195,16 +213,16 @@ def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
         ),
     ):
         ratios = {name: f"{float(row['over_bn']):.2f} times" for name, row in step.items()}
-        assert drop_in.format(ratios["syncbn"]) in README
-        assert fused.format(ratios["syncbn.fused"]) in README
-        assert torchs.format(ratios["nn.SyncBatchNorm.forced"]).replace("of ", "of `nn.SyncBatchNorm` ") in README
-        assert collectives.format(ratios["syncbn.fused.forced"]) in README
+        assert drop_in.format(ratios["syncbn"]) in MEASURED
+        assert fused.format(ratios["syncbn.fused"]) in MEASURED
+        assert torchs.format(ratios["nn.SyncBatchNorm.forced"]).replace("of ", "of `nn.SyncBatchNorm` ") in MEASURED
+        assert collectives.format(ratios["syncbn.fused.forced"]) in MEASURED
     assert f"{float(graph['syncbn.fused.forced']['over_bn']):.2f}" == f"{float(graph['syncbn.fused']['over_bn']):.2f}"
     assert {row["host_syncs"] for name, row in eager.items() if name.startswith("syncbn")} == {"0"}
-    assert f"that one {eager['nn.SyncBatchNorm.forced']['host_syncs']} times" in README
+    assert f"that one {eager['nn.SyncBatchNorm.forced']['host_syncs']} times" in MEASURED
     earlier = {row["variant"]: float(row["over_bn"]) for row in of_a("h100", "step", **chosen)}
     ratios = [f"{earlier[name]:.2f}" for name in ("syncbn", "syncbn.fused", "syncbn.fused.forced")]
-    assert "took {}, {} and, with collectives, {} times".format(*ratios) in README
+    assert "took {}, {} and, with collectives, {} times".format(*ratios) in MEASURED
 
 
 def test_the_gpu_tests_and_sanitizers_were_clean() -> None:
@@ -224,12 +242,11 @@ def test_the_compiled_figures_on_a_gpu_are_those_of_the_rows() -> None:
         ("over_bn", "takes {:.2f} to {:.2f} times as long as with `nn.BatchNorm`, compiled too"),
         ("over_eager", "and {:.2f} to {:.2f} times as long as uncompiled: there"),
     ):
-        assert said(words, [float(row[column]) for row in ours]) in README
+        assert said(words, [float(row[column]) for row in ours]) in MEASURED
 
 
 def test_the_machine_code_table_is_that_of_the_rows() -> None:
     """benchmarks/README.md's table of the kernels' machine code, before and after, and their speed, is of the rows."""
-    page = (ROOT / "benchmarks/README.md").read_text()
     columns = ("kilobytes_in_flight_per_sm", "instructions_per_element", "instructions_once")
     rows = list(csv.DictReader((ROOT / "benchmarks/results/static-sm90.csv").read_text().splitlines()))
     chosen = {"shape": "2x256x200x336", "epilogue": "none"}
@@ -241,20 +258,23 @@ def test_the_machine_code_table_is_that_of_the_rows() -> None:
             cells = [f"{before[column]} → {after[column]}" for column in (*columns, "bytes_last_program_reads")]
             wanted = {"verb": verb, "layout": layout, "dtype": "bfloat16", "variant": "syncbn", "cache": "cold"}
             (timed,) = of_an_h200("kernels", **wanted, **chosen)
-            assert f"| {verb}, {name} | {' | '.join(cells)} | {1 / float(timed['over_copy']):.2f} |" in page
+            assert f"| {verb}, {name} | {' | '.join(cells)} | {1 / float(timed['over_copy']):.2f} |" in MEASURED
 
 
 def test_commands_exist() -> None:
     """The scripts README names are there."""
-    named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", README))
+    pages = "".join((README, MEASURED, TESTED, LAUNCHED))
+    named = set(re.findall(r"(?:launch|tests|benchmarks)/[a-z_]+\.(?:sh|py|sbatch)", pages))
     assert named >= {"launch/quickstart.sh", "tests/run.sh"}
     assert all((ROOT / name).exists() for name in named)
 
 
-def test_rows_name_tests_that_there_are() -> None:
-    """Every row of the table of what it works with names tests, and each of them exists."""
-    rows = README.split("## Works with")[1].split("\n## ")[0].split("|---|---|---|\n")[1].strip().splitlines()
-    assert len(rows) >= 15
+@pytest.mark.parametrize(("section", "least"), [("Works with", 20), ("When ranks go astray", 15)])
+def test_rows_name_tests_that_there_are(section: str, least: int) -> None:
+    """Every row of the tables of what is held names tests, and each of them exists."""
+    lines = TESTED.split(f"## {section}")[1].split("\n## ")[0].splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
+    assert len(rows) >= least
     for row in rows:
         file = ""
         names = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", row)
@@ -262,3 +282,15 @@ def test_rows_name_tests_that_there_are() -> None:
         for named_file, name in names:
             file = named_file or file
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
+def test_the_first_table_is_that_of_the_rows() -> None:
+    """README's one table has the extremes that benchmarks/README.md has, and the ratios of two layers' steps."""
+    chosen = {"batch": "32", "layout": "channels_last"}
+    for name, words in (("graph", "| 0.79; 0.73 | {:.2f} |"), ("eager", "| 1.08; 1.00 | {:.2f} |")):
+        ms = {row["variant"]: float(row["ms"]) for row in of_an_h200("step", comparison=name, **chosen)}
+        assert words.format(ms["syncbn.fused.forced"] / ms["nn.SyncBatchNorm.forced"]) in README
+    for first, second in re.findall(r"\| (0\.\d\d to \d\.\d\d)(?:; (\d\.\d\d to \d\.\d\d))? \|", README):
+        assert all(f" {extremes} " in MEASURED for extremes in (first, second) if extremes)
+    for ratio in ("takes 0.79 times", "and 0.73 times", "takes 1.08 times", "and 1.00 times"):
+        assert ratio in MEASURED

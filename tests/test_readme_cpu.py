@@ -1,8 +1,8 @@
-"""README's figures of a CPU are those of the committed rows."""
+"""The figures of a CPU in benchmarks/README.md are those of the committed rows."""
 
 import csv
 
-from tests.test_readme import README, ROOT, of_a
+from tests.test_readme import MEASURED, ROOT, of_a
 
 
 def kind_of(row: dict[str, str]) -> str:
@@ -17,7 +17,7 @@ def kind_of(row: dict[str, str]) -> str:
 
 
 def test_the_cpu_figures_are_those_of_the_rows() -> None:
-    """The ratios that README gives for the layer on CPU are the extremes of the committed rows."""
+    """The ratios that are given for the layer on CPU are the extremes of the committed rows."""
     rows = list(csv.DictReader((ROOT / "benchmarks/results/layer-amd-epyc-2-cores.csv").read_text().splitlines()))
     alone: dict[str, list[float]] = {}
     for threads in ("1", "2"):
@@ -28,13 +28,13 @@ def test_the_cpu_figures_are_those_of_the_rows() -> None:
             alone.setdefault(kind_of(chosen[0]), []).append(ms["syncbn_alone"] / ms["nn.BatchNorm"])
     assert len(alone) == 7
     for kind, ratios in alone.items():
-        assert f"| {kind} | {min(ratios):.2f} to {max(ratios):.2f} |" in README
+        assert f"| {kind} | {min(ratios):.2f} to {max(ratios):.2f} |" in MEASURED
     ms_of: dict[tuple[str, ...], dict[str, float]] = {}
     for row in of_a("amd-epyc-2-cores", "layer", **{"pass": "both", "ranks": "2", "op": "bn"}):
         ms_of.setdefault((row["dtype"], row["shape"], row["layout"]), {})[row["variant"]] = float(row["ms"])
     composed = [m["syncbn"] / m["naive_sync"] for m in ms_of.values()]
-    assert f"takes {min(composed):.2f} to {max(composed):.2f} times as long" in README
-    assert f"less on {sum(ratio < 1 for ratio in composed)} of the {len(composed)}." in README
+    assert f"takes {min(composed):.2f} to {max(composed):.2f} times as long" in MEASURED
+    assert f"less on {sum(ratio < 1 for ratio in composed)} of the {len(composed)}." in MEASURED
 
 
 def test_the_compiled_figures_are_those_of_the_rows() -> None:
@@ -49,4 +49,4 @@ def test_the_compiled_figures_are_those_of_the_rows() -> None:
     ):
         for column, words in (("over_bn", over_bn), ("over_eager", over_eager)):
             ratios = [float(row[column]) for row in ours if row["ranks"] == ranks]
-            assert words.format(min(ratios), max(ratios)) in README
+            assert words.format(min(ratios), max(ratios)) in MEASURED
