@@ -5,6 +5,7 @@ is in its 3×3 convolution, as in common implementations.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import syncbn
-from syncbn.functional import over_group
+from syncbn import comm
 
 Norm = Callable[[int, bool], nn.Module]
 """(channels, relu) -> a module of (x, residual or None): relu?(bn(x) + residual?)"""
@@ -43,15 +44,22 @@ class ForcedTorchSync(nn.BatchNorm2d):
         return SyncBatchNorm.apply(x, self.weight, self.bias, *statistics, dist.group.WORLD, 1)
 
 
+FORCED: Any = object()
+"""A process_group by which our collectives are issued in a group of one, too, after `allow_forced`."""
+_peers = comm.peers
+
+
+def allow_forced() -> None:
+    """Let the library take FORCED for peers; whatever else it is given, as ever."""
+    comm.peers = lambda group: dist.group.WORLD if group is FORCED else _peers(group)
+
+
 class ForcedOurs(syncbn.SyncBatchNorm):
     """Ours with its collectives issued in a group of one."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        parameters, buffers = self._parameters, self._buffers
-        running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        statistics = (*running, self.momentum, self.skip_nonfinite)
-        given = (parameters["weight"], parameters["bias"], True, self.eps, residual, self.activation, mask, self._label)
-        return over_group(dist.group.WORLD, x, statistics, *given)
+    def __init__(self, channels: int, activation: str | None = None) -> None:
+        allow_forced()
+        super().__init__(channels, process_group=FORCED, activation=activation)
 
 
 NORMS: dict[str, Norm] = {

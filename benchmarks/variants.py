@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import syncbn
 from benchmarks.checking import EPS, Case
-from syncbn.functional import over_group
+from benchmarks.resnet import FORCED, allow_forced
 
 MOMENTUM = 0.1
 
@@ -70,12 +70,15 @@ def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False
 def ours_forced(case: Case, fused: bool = False) -> Apply:
     """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
     channels, like = case.x.shape[1], case.weight.detach()
-    statistics = (like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM, True)
+    statistics, counter = (like.new_zeros(channels), like.new_ones(channels)), _counter(like)
     activation = "relu" if fused else None
+    allow_forced()
 
     def apply(x: Tensor, residual: Tensor | None) -> Tensor:
-        given = (statistics, case.weight, case.bias, True, EPS, residual, activation, None)
-        return over_group(dist.group.WORLD, x, *given)
+        given = (*statistics, case.weight, case.bias, True, MOMENTUM, EPS, FORCED)
+        return syncbn.functional.sync_batch_norm(
+            x, *given, residual=residual, activation=activation, num_batches_tracked=counter
+        )
 
     return apply
 
