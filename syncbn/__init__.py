@@ -12,7 +12,7 @@ from syncbn.profile import Profile, profiling
 from syncbn.report import conversion_report
 from syncbn.statistics import recompute_statistics, synchronize_statistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EvenLoader",
     "Profile",
