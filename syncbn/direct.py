@@ -16,16 +16,13 @@ from torch.distributed import ProcessGroup
 
 from syncbn import calls, comm, profile, recompute, torch_private
 from syncbn.autograd import changed, gradients
-from syncbn.backends import name_for, select
+from syncbn.backends import is_capturing, launches_for, name_for, select
 from syncbn.backends.recent import Recent
 from syncbn.formulas import Epilogue, Running
 from syncbn.names import BACKWARD, FORWARD, Call, Label
 
 if TYPE_CHECKING:
-    from syncbn.backends.cpu_direct import Launches as CpuLaunches
-    from syncbn.backends.cpu_direct import Work
-    from syncbn.backends.gpu_direct import Launches as GpuLaunches
-    from syncbn.backends.gpu_workspace import Workspace
+    from syncbn.backends import Launches, Work
 
 MOST_CALLS = 4096
 """Kinds of calls that are remembered, the oldest forgotten first."""
@@ -39,7 +36,7 @@ Kinds = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | No
 class Kind:
     """What calls that are alike share."""
 
-    def __init__(self, x: Tensor, epilogue: Epilogue, launches: "GpuLaunches | CpuLaunches") -> None:
+    def __init__(self, x: Tensor, epilogue: Epilogue, launches: "Launches") -> None:
         self.activation, self.launches, self.channels = epilogue.activation, launches, x.shape[1]
         residual = epilogue.residual if epilogue.activation is not None else None
         like_y = x.shape, launches.strides, x.dtype, x.device
@@ -71,7 +68,7 @@ class NormalizeDirectly(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         kind: Kind,
-        now: tuple["Workspace | Work", ProcessGroup | None, Label, float, tuple[float, ...], tuple[int | None, ...]],
+        now: tuple["Work", ProcessGroup | None, Label, float, tuple[float, ...], tuple[int | None, ...]],
     ) -> Tensor:
         work, group, label, eps, floats, addresses = now
         launches = kind.launches
@@ -191,30 +188,16 @@ def normalize(
 
 def remember(x: Tensor, epilogue: Epilogue, running: Running | None) -> None:
     """Know calls like this one, which was checked, from now on."""
-    name = name_for(x)
-    if name == "reference" or (running is not None and running.momentum is None):
+    if name_for(x) == "reference" or (running is not None and running.momentum is None):
         return
     weight, bias, residual, _, activation = epilogue
     *buffers, _, skip_nonfinite = (None, None, None, None, True) if running is None else running
     key = _key(activation, skip_nonfinite, x, residual, weight, bias, *buffers)
     if key is None or key in _calls:
         return
-    from syncbn.backends import gpu_workspace
-
-    if not gpu_workspace.is_capturing(x.device):  # else what is allocated for it were the graph's
-        launches = _direct(name).launches_for(x, epilogue, running)
+    if not is_capturing(x.device):  # else what is allocated for it were the graph's
+        launches = launches_for(x, epilogue, running)
         _calls.put(key, None if launches is None else Kind(x, epilogue, launches))
-
-
-def _direct(name: str) -> Any:
-    """The back-end's launches, imported on first use."""
-    if name == "gpu":
-        from syncbn.backends import gpu_direct
-
-        return gpu_direct
-    from syncbn.backends import cpu_direct
-
-    return cpu_direct
 
 
 def _key(activation: str | None, skip_nonfinite: bool, x: Tensor, *tensors: Tensor | None) -> Hashable:

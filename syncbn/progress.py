@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from syncbn.backends import gpu_report, gpu_workspace, name_for
+from syncbn.backends import is_capturing, name_for, report_of
 from syncbn.fingerprint import Found
 from syncbn.names import Call, Place
 
@@ -32,7 +32,7 @@ class Progress:
     """Of one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._kept = gpu_report.report_of(device)
+        self._kept = report_of(device)
         self._report = _Four.from_address(self._kept.data_ptr())
         self._recent: list[_Enqueued | None] = [None] * RECENT
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ _all: dict[int, Progress] = {}
 
 def of(device: torch.device) -> Progress | None:
     """Of a device whose kernels write; None while a graph is captured there, and where none do."""
-    if device.type != "cuda" or gpu_workspace.is_capturing(device):
+    if device.type != "cuda" or is_capturing(device):
         return None
     found = _all.get(device.index or 0)
     if found is None and name_for(torch.empty(0, dtype=torch.float64, device=device)) == "gpu":

@@ -84,6 +84,17 @@ def test_imports_point_down(path: Path) -> None:
             assert below > own or level_of(path) == target == "backends", f"{name} is not below {LEVELS[own]}"
 
 
+def test_nobody_above_imports_a_back_end() -> None:
+    """Files above backends/ ask the package, which chooses and loads; a bounded table of what was seen is its alone."""
+    allowed = {"syncbn.backends.recent", "syncbn.backends.native"}
+    backs = {path.stem for path in (SOURCE / "backends").glob("*.py")} - {"__init__"}
+    for path in SOURCE.rglob("*.py"):
+        if level_of(path) != "backends":
+            named = {name for name in imports_of(path) if re.match(r"syncbn\.backends\.(\w+)", name)}
+            found = {name for name in named if name.split(".")[2] in backs and not name.startswith(tuple(allowed))}
+            assert found == set(), path
+
+
 def test_only_comm_talks_to_other_ranks() -> None:
     """torch.distributed is used by comm.py alone; elsewhere only the type ProcessGroup is named."""
     for path in SOURCE.rglob("*.py"):

@@ -12,12 +12,18 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from syncbn.formulas import DTYPES, Epilogue, Running
+
+if TYPE_CHECKING:
+    from syncbn.backends import cpu_direct, gpu_direct, gpu_workspace
+
+    Launches = cpu_direct.Launches | gpu_direct.Launches
+    Work = gpu_workspace.Workspace | cpu_direct.Work
 
 
 class Backend(Protocol):
@@ -149,3 +155,31 @@ def _load(name: str) -> Backend:
 
         return reference
     raise ValueError(f"There is no back-end named {name!r}; there are 'cpu', 'gpu' and 'reference'.")
+
+
+def launches_for(x: Tensor, epilogue: Epilogue, running: Running | None) -> "Launches | None":
+    """What a back-end lays out once for calls like this one, see direct.py; None for those that are unusual."""
+    name = name_for(x)
+    if name == "reference":
+        return None
+    if name == "gpu":
+        from syncbn.backends import gpu_direct
+
+        return gpu_direct.launches_for(x, epilogue, running)
+    from syncbn.backends import cpu_direct
+
+    return cpu_direct.launches_for(x, epilogue, running)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on this device is being written to a CUDA graph."""
+    from syncbn.backends import gpu_workspace
+
+    return gpu_workspace.is_capturing(device)
+
+
+def report_of(device: torch.device) -> Tensor:
+    """The host's few bytes in which a device's kernels say how far they are, see progress.py."""
+    from syncbn.backends import gpu_report
+
+    return gpu_report.report_of(device)
