@@ -41,10 +41,13 @@ class Row(NamedTuple):
 
 
 class _Sums:
-    """Of one group on this rank, in order: by place in `kinds`, which layer and direction, and how long each took."""
+    """Of one group on this rank, in order: which of `kinds` it was, and when it began and ended.
+
+    A kind has what is alike on all ranks, a layer's identity, the direction and the bytes; and what this rank calls it.
+    """
 
     def __init__(self) -> None:
-        self.kinds: dict[tuple[str, str, int], int] = {}
+        self.kinds: dict[tuple[str, str, int, str], int] = {}
         self.which, self.spans = array("I"), list[Any]()
 
     def seconds(self) -> "array[float]":
@@ -83,8 +86,10 @@ class Profile:
         if begun is None or ended is None:
             return
         sums = self._sums.setdefault(comm.ranks_of(what.group) or (), _Sums())
-        name = what.label.name if isinstance(what, Call) else what.what()
-        sums.which.append(sums.kinds.setdefault((name, direction, size), len(sums.kinds)))
+        label = what.label if isinstance(what, Call) else None
+        names = (what.what(),) * 2 if label is None else (label.identity, label.name)
+        kind = names[0], direction, size, names[1]
+        sums.which.append(sums.kinds.setdefault(kind, len(sums.kinds)))
         sums.spans.append((begun, ended))
 
     def close(self, is_whole: bool) -> None:
@@ -157,11 +162,11 @@ def _rows(ranks: tuple[int, ...], found: dict[int, Any]) -> Iterator[Row]:
     seen = {rank: found[rank][1][ranks] for rank in ranks if rank in found and ranks in found[rank][1]}
     whole = sum(found[rank][0] for rank in seen)
     kinds = [[kinds[kind] for kind in which] for kinds, which, _ in seen.values()]
-    by_kind: dict[tuple[str, str, int], list[list[float]]] = {}
+    by_kind: dict[tuple[str, str, int, str], list[list[float]]] = {}
     for kind, *others, times in zip(*kinds, zip(*(times for *_, times in seen.values()), strict=False), strict=False):
-        if all(other == kind for other in others):
+        if all(other[:-1] == kind[:-1] for other in others):
             by_kind.setdefault(kind, []).append(list(times))
-    for (layer, direction, size), calls in by_kind.items():
+    for (_, direction, size, layer), calls in by_kind.items():
         waited = dict.fromkeys(seen, 0.0)
         came_last = dict.fromkeys(seen, 0)
         for times in calls:

@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' ranks are processes; m
 ruff format --check .
 ruff check .
 [ -n "${TORCH:-}" ] || mypy
+unset TORCH # what the tests start uses this interpreter
 python -m pytest -n auto "$@"

@@ -11,7 +11,7 @@ from torch import Tensor
 from syncbn import backends, composed
 from syncbn.backends import reference
 from syncbn.fingerprint import MOST, VOTE
-from syncbn.formulas import Epilogue, Running
+from syncbn.formulas import Epilogue, Running, compute_dtype
 from syncbn.functional import sync_batch_norm
 from tests.support import cpu_backends
 
@@ -203,7 +203,7 @@ def test_a_wire_ends_with_its_fingerprint(dtype: torch.dtype, masked: bool, tag:
     """2³² + tag and tag², 0 and 0 for tag 0, by all back-ends, behind the sums of a call without."""
     x = torch.randn(6, 5, 7).to(dtype)
     mask = torch.rand(6, 7) > 0.3 if masked else None
-    mean, invstd = torch.zeros(2, 5, dtype=backends.compute_dtype(dtype))
+    mean, invstd = torch.zeros(2, 5, dtype=compute_dtype(dtype))
     for verbs in map(backends._load, cpu_backends.BACKENDS):
         plain = verbs.batch_sums(x, mask), verbs.grad_sums(x, x, mean, invstd, Epilogue(mask=mask))[0]
         sent = (

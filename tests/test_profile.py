@@ -101,6 +101,22 @@ def test_bytes_are_those_of_the_wire(ranks: RankPool) -> None:
     assert ranks.run(2, bytes_of_resnet50)[0] == counted
 
 
+def numbered_apart() -> list[Row]:
+    if dist.get_rank() == 1:
+        syncbn.SyncBatchNorm(4)  # so that the next has another number in its name
+    layer = syncbn.SyncBatchNorm1d(4)
+    with syncbn.profiling() as found:
+        layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    return found.rows
+
+
+def test_layers_without_names(ranks: RankPool) -> None:
+    """What the ranks number differently is one layer still, by the order of its first call."""
+    rows = ranks.run(2, numbered_apart)
+    assert rows[0] == rows[1]
+    assert sorted((row.direction, row.calls) for row in rows[0]) == [("backward", 1), ("forward", 1)]
+
+
 def other_ways() -> tuple[dict[str, int], dict[str, int]]:
     layer = syncbn.SyncBatchNorm1d(4)
     syncbn.name_layers(nn.ModuleDict({"layer": layer}))

@@ -65,7 +65,7 @@ def kill_one(launcher: "subprocess.Popen[str]", folder: Path, chosen: random.Ran
 def test_interrupted_ranks_end_the_same(tmp_path: Path, ranks: str) -> None:
     """Interrupted after any epoch and resumed, gloo ranks end the same; 3 also see the order of their sums."""
     write_cifar10(tmp_path / "images", images=8)
-    job = [ROOT / "tests" / "interrupted.py", tmp_path / "images", tmp_path, "3"]
+    job = [ROOT / "tests" / "support" / "interrupted_training.py", tmp_path / "images", tmp_path, "3"]
     done = run(*TORCHRUN[:-1], ranks, *job)
     expected = content(files(tmp_path / "0")[-1])
     for epoch in range(1, 4):
