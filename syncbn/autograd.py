@@ -87,8 +87,11 @@ class NormalizeBatch(torch.autograd.Function):
         x, weight, bias, residual, mask, *statistics = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:4]
         epilogue = Epilogue(weight, bias, residual, mask, options.activation)
-        with profile.labelled(BACKWARD, options.label):
+        record = profile.begin_label(BACKWARD, options.label)
+        try:
             grads = gradients(dy, x, epilogue, statistics, options.eps, ctx.call, ctx.backend, needed)
+        finally:
+            profile.end_label(record)
         return *grads, None, None
 
 

@@ -89,8 +89,11 @@ class NormalizeDirectly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with profile.labelled(BACKWARD, ctx.rest[-1]):
+        record = profile.begin_label(BACKWARD, ctx.rest[-1])
+        try:
             return NormalizeDirectly._backward(ctx, dy)
+        finally:
+            profile.end_label(record)
 
     @staticmethod
     def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -108,7 +108,8 @@ def normalize(
 
     A call like an earlier one has been checked, but for its numbers and its group.
     """
-    with profile.labelled(FORWARD, label):
+    record = profile.begin_label(FORWARD, label)
+    try:
         is_traced = torch_private.is_jit_tracing()
         is_composed = (training or statistics[0] is None) and (
             is_traced or _is_looked_into(x, residual, (weight, bias, mask, *statistics[:3]))
@@ -131,6 +132,8 @@ def normalize(
             return _by_backend(call, label)
         with torch_private.unmapped():
             return _by_backend(call, label)
+    finally:
+        profile.end_label(record)
 
 
 def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | None, ...]) -> bool:

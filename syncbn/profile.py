@@ -19,7 +19,6 @@ from syncbn.names import Call, Label, Pooling, Step
 
 recording: "Profile | None" = None
 """The one that is open in this process."""
-_UNLABELLED = contextlib.nullcontext()
 _HEADS = ("layer", "direction", "calls", "bytes", "ms a call", "% of time", "ms waited", "came last")
 
 
@@ -185,7 +184,9 @@ def profiling() -> Iterator[Profile]:
     For each layer and direction: how often, how many bytes, how long a rank is in it on average, which share of the
     block's time that is, which rank came last, and how long the others waited for it. To be entered and left alike on
     every rank: there is one gather at the end. On a GPU events are recorded around each sum, without a wait of the host
-    until then. Calls in compiled graphs, and in CUDA graphs that are replayed, are not seen.
+    until then. Calls in compiled graphs, and in CUDA graphs that are replayed, are not seen. Nor is it seen when a rank
+    is waited for elsewhere, as where DistributedDataParallel sends buffers before the first layer (they are alike, so
+    broadcast_buffers=False will do).
 
     Raises:
         RuntimeError: within another one.
@@ -210,8 +211,18 @@ def profiling() -> Iterator[Profile]:
         profile.close(is_whole)
 
 
-def labelled(direction: str, label: Label) -> contextlib.AbstractContextManager[Any]:
-    """Names what runs within, in the records of torch.profiler and, by emit_nvtx, NVTX; nothing if nobody records."""
+def begin_label(direction: str, label: Label) -> torch.profiler.record_function | None:
+    """Names what runs from now on, in the records of torch.profiler and, by emit_nvtx, NVTX; None if nobody records.
+
+    No context manager, since in a call that nobody records even an empty one would take as long as all else here.
+    """
     if torch.compiler.is_compiling() or not torch_private.is_profiled():
-        return _UNLABELLED
-    return torch.profiler.record_function(f"syncbn.{direction} {label.name}")
+        return None
+    record = torch.profiler.record_function(f"syncbn.{direction} {label.name}")
+    record.__enter__()  # type: ignore[no-untyped-call]  # torch's own
+    return record
+
+
+def end_label(record: torch.profiler.record_function | None) -> None:
+    if record is not None:
+        record.__exit__(None, None, None)
