@@ -4,6 +4,7 @@ Every one is a training call with running statistics, momentum 0.1 and float32 p
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import syncbn
-from benchmarks.checking import EPS, Case
-from syncbn.functional import over_group
+from benchmarks.checking import EPS, Case, check, make_case, oracle
+from benchmarks.resilience import attempt, ranks
+from benchmarks.resnet import ForcedOurs, ForcedTorchSync
+from benchmarks.shapes import LayerCall
 
 MOMENTUM = 0.1
 
@@ -68,34 +71,14 @@ def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False
 
 
 def ours_forced(case: Case, fused: bool = False) -> Apply:
-    """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
-    channels, like = case.x.shape[1], case.weight.detach()
-    statistics = (like.new_zeros(channels), like.new_ones(channels), _counter(like), MOMENTUM, True)
-    activation = "relu" if fused else None
-
-    def apply(x: Tensor, residual: Tensor | None) -> Tensor:
-        given = (statistics, case.weight, case.bias, True, EPS, residual, activation, None)
-        return over_group(dist.group.WORLD, x, *given)
-
-    return apply
+    """Ours with its collectives issued even though the default group has one rank."""
+    return _with_parameters(ForcedOurs(case.x.shape[1], EPS, MOMENTUM, activation="relu" if fused else None), case)
 
 
 def torch_sync_forced(case: Case, fused: bool = False) -> Apply:
-    """nn.SyncBatchNorm's synchronized path, its all_gather included, on a group of one; CUDA only.
-
-    The module itself would fall back to F.batch_norm there; its steps around the autograd function are repeated.
-    """
-    from torch.nn.modules._functions import SyncBatchNorm
-
-    channels, like = case.x.shape[1], case.weight.detach()
-    mean, var, counter = like.new_zeros(channels), like.new_ones(channels), _counter(like)
-
-    def apply(x: Tensor) -> Tensor:
-        counter.add_(1)
-        y: Tensor = SyncBatchNorm.apply(x, case.weight, case.bias, mean, var, EPS, MOMENTUM, dist.group.WORLD, 1)
-        return y
-
-    return _then_add_relu(apply, fused)
+    """nn.SyncBatchNorm's synchronized path, its all_gather included, on a group of one; CUDA only."""
+    layer = ForcedTorchSync(case.x.shape[1], eps=EPS, momentum=MOMENTUM)
+    return _then_add_relu(_with_parameters(layer, case), fused)
 
 
 class AllReduce(torch.autograd.Function):
@@ -162,5 +145,25 @@ def _then_add_relu(layer: Callable[[Tensor], Tensor], fused: bool) -> Apply:
     return lambda x, residual: layer(x)
 
 
-def _counter(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=like.device)
+def right_ones(
+    call: LayerCall, case: Case, entrants: list[Variant], rank: int = 0
+) -> tuple[list[Variant], dict[str, float], list[str]]:
+    """Those with a right output or nothing to check, the errors measured, and what was wrong with the others."""
+    expected = {"local": oracle([case], 0, call.fused)}
+    if any(v.scope == "global" for v in entrants):
+        everyone = [make_case(call.plan, case.x.device, r, call.fused) for r in range(ranks())]
+        everyone[rank] = case
+        expected["global"] = oracle(everyone, rank, call.fused)
+    right: list[Variant] = []
+    errors: dict[str, float] = {}
+    refused: list[str] = []
+    for v in entrants:
+        if v.scope is not None:
+            passes = partial(v.forward, case), partial(v.backward, case)
+            work = partial(check, v.name, *passes, expected[v.scope], v.is_ours)
+            off = attempt(f"{call}: {v.name}", work, case.x.device, refused)
+            if off is None:
+                continue
+            errors[v.name] = off
+        right.append(v)
+    return right, errors, refused
