@@ -31,7 +31,7 @@ from benchmarks.compile_models import Entrant, Setting, repetition
 from benchmarks.harness import Benchmark, Key, interleave
 from benchmarks.options import TIMING, parsed, parser, shared_out
 from benchmarks.resilience import DAY, Budget, agreed, attempt, say
-from benchmarks.rows import ENVIRONMENT, TIMES, Summary
+from benchmarks.tables import ENVIRONMENT, TIMES, Summary
 
 COLUMNS = (
     *(*ENVIRONMENT, "model", "batch", "image", "layout", "dtype", "variant", "mode", *TIMES),

@@ -20,7 +20,7 @@ import torch.multiprocessing
 from benchmarks.machine import environment
 from benchmarks.options import results_path
 from benchmarks.resilience import PATIENCE, Budget, ranks, through
-from benchmarks.rows import Results, Row, Summary, summarize
+from benchmarks.tables import Results, Row, Summary, summarize
 
 Sample = Mapping[str, float]
 """Seconds by pass, e.g. {"forward": …, "backward": …, "both": …}."""

@@ -27,8 +27,8 @@ import syncbn
 from benchmarks.harness import Benchmark, Key, Sample, interleave
 from benchmarks.options import TIMING, parsed, parser
 from benchmarks.resilience import Budget
-from benchmarks.rows import ENVIRONMENT
 from benchmarks.shapes import Plan
+from benchmarks.tables import ENVIRONMENT
 from syncbn import backends
 from tests.support import stub_device
 
@@ -73,7 +73,7 @@ def measure(plan: Plan, budget: Budget, benchmark: Benchmark) -> list[str]:
         for phase, call in calls(make, x, "gpu" if args.stubbed and name == "syncbn" else None).items():
             samplers[name, phase] = partial(timed, call, device, STACK if phase == "stack" else 1)
     times = interleave(samplers, args.reps, warmup=min(50, args.reps))
-    shared = {**benchmark.environment(), "driver": "stub" if args.stubbed else "cuda", **plan.columns()}
+    shared = {**benchmark.environment(plan), "driver": "stub" if args.stubbed else "cuda", **plan.columns()}
     by_pass = {key: seconds for (key, _), seconds in times.items()}
     benchmark.write(shared, by_pass, {"over_bn": "nn.BatchNorm"}, "pass", "us")
     return []

@@ -28,8 +28,8 @@ from benchmarks.checking import Case, bn_backend, hold, make_case
 from benchmarks.harness import Benchmark, Key
 from benchmarks.options import TIMING, parsed, parser
 from benchmarks.resilience import Budget, attempt, say
-from benchmarks.rows import ENVIRONMENT, TIMES, Summary
 from benchmarks.shapes import Plan, gpu_plans
+from benchmarks.tables import ENVIRONMENT, TIMES, Summary
 from benchmarks.verbs import VERBS, Entrant, Fixed, fix, ours, torchs
 from syncbn.backends import name_for
 

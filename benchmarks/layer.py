@@ -29,8 +29,8 @@ from benchmarks.checking import Case, bn_backend, make_case
 from benchmarks.harness import Benchmark, Sample, interleave
 from benchmarks.options import TIMING, parsed, parser, shared_out
 from benchmarks.resilience import Budget
-from benchmarks.rows import ENVIRONMENT, TIMES
 from benchmarks.shapes import LayerCall, cpu_plans
+from benchmarks.tables import ENVIRONMENT, TIMES
 
 COLUMNS = (
     *(*ENVIRONMENT, "op", "shape", "layout", "dtype", "mode", "cache", "pass", "variant", *TIMES),

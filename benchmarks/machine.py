@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(machine: str | None, device: torch.device, ranks: int = 1) -> dict[str, Any]:
-    """The `rows.ENVIRONMENT` columns of a row measured now."""
+    """The `tables.ENVIRONMENT` columns of a row measured now."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import cores, machine_slug
-from benchmarks.rows import RESULTS
+from benchmarks.tables import RESULTS
 
 CUDA = torch.cuda.is_available()
 OPTIONS: dict[str, dict[str, Any]] = {

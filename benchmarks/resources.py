@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.resilience import Budget, attempt
-from benchmarks.rows import Results, Row
+from benchmarks.tables import Results, Row
 
 LAUNCHES = (
     *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
@@ -38,10 +38,10 @@ def add_resources(
 
 
 def _amend(results: Results, row: Row, step: Callable[[], None]) -> None:
-    results.amend(row, resources(step))
+    results.amend(row, cost(step))
 
 
-def resources(step: Callable[[], None]) -> dict[str, Any]:
+def cost(step: Callable[[], None]) -> dict[str, Any]:
     """Memory, launches and host syncs of a step on a GPU."""
     step()
     torch.cuda.synchronize()

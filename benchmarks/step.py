@@ -38,7 +38,7 @@ from benchmarks.options import TIMING, parsed, parser
 from benchmarks.resilience import Budget, report, say
 from benchmarks.resnet import NORMS, build
 from benchmarks.resources import RESOURCES, add_resources
-from benchmarks.rows import ENVIRONMENT, TIMES
+from benchmarks.tables import ENVIRONMENT, TIMES
 from benchmarks.training import FORMATS, Batch, hold, outcome, random_batch, stepper
 
 COLUMNS = (
