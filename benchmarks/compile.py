@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.compile_models import Entrant, Setting, repetition
-from benchmarks.harness import Benchmark, Key, interleave
+from benchmarks.compile_models import Entrant
+from benchmarks.harness import Benchmark, Key, by_key, interleave
 from benchmarks.options import TIMING, parsed, parser, shared_out
 from benchmarks.resilience import DAY, Budget, agreed, attempt, say
 from benchmarks.tables import ENVIRONMENT, TIMES, Summary
+from benchmarks.training import FORMATS, Setting
 
 COLUMNS = (
     *(*ENVIRONMENT, "model", "batch", "image", "layout", "dtype", "variant", "mode", *TIMES),
@@ -56,11 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 def settings(args: argparse.Namespace) -> list[Setting]:
     device = torch.device(args.device)
     if args.smoke:
-        return [Setting(2, 32, "contiguous", 4, (1,), "aot_eager", device, args.ranks)]
+        return [Setting(2, 32, "contiguous", device, 4, (1,), classes=10)]
     if device.type == "cuda":  # shallow, since on a GPU the check and the step are compiled apart
-        return [Setting(64, 224, "channels_last", 64, (1, 1), "inductor", device, args.ranks)]
-    shared = (16, (1, 1, 1, 1), "inductor", device, args.ranks)
-    return [Setting(8, 64, layout, *shared) for layout in ("contiguous", "channels_last")]
+        return [Setting(64, 224, "channels_last", device, 64, (1, 1), classes=10)]
+    return [Setting(8, 64, layout, device, 16, (1, 1, 1, 1), classes=10) for layout in FORMATS]
 
 
 def rounds(with_budget: bool) -> list[list[Key]]:
@@ -76,37 +76,28 @@ def compare(setting: Setting, budget: Budget, benchmark: Benchmark) -> list[str]
     """Check, time and write one setting; what failed."""
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the check is in float32
-    entrants: dict[Key, Entrant] = {}
+    args, entrants = benchmark.args, dict[Key, Entrant]()
     failures: list[str] = []
-    for keys in rounds(benchmark.args.budget > 0):
+    model, dtype = f"resnet {setting.width} x {len(setting.blocks)}", "bfloat16" if args.device == "cuda" else "float32"
+    for keys in rounds(args.budget > 0):
         if agreed(budget.spent()):
             say(f"out of time: {setting} skipped with {' '.join(keys[-1])}")
             continue
         new = [key for key in keys if key not in entrants]
-        failures += enter(new, entrants, setting, benchmark.rank)
-        samplers = {key: partial(repetition, entrants[key]) for key in keys if key in entrants}
-        times = {key: seconds for (key, _), seconds in interleave(samplers, benchmark.args.reps).items()}
-        shared, found = (
-            {**benchmark.environment(str(keys)), **setting.columns()},
-            {key: entrants[key].found for key in times},
-        )
+        for key in new:
+            make = partial(Entrant, *key, setting, "aot_eager" if args.smoke else "inductor", benchmark.rank)
+            entrant = attempt(" ".join(key), make, setting.device, failures)
+            if entrant is not None:
+                entrants[key] = entrant
+                say(f"{' '.join(key)}: right, first pass {entrant.found['first_seconds']:.1f} s")
+        times = interleave({key: entrants[key].repetition for key in keys if key in entrants}, args.reps)
 
-        def more(key: Key, summaries: dict[Key, Summary], found: Any = found, new: Any = new) -> dict[str, Any] | None:
+        def more(key: Key, summaries: dict[Key, Summary], new: list[Key] = new) -> dict[str, Any] | None:
             over_eager = summaries[key].over(summaries.get((key[0], "eager")))
-            return {**found[key], "over_eager": over_eager} if key in new else None
+            return {**entrants[key].found, "over_eager": over_eager} if key in new else None
 
-        benchmark.write(shared, times, {"over_bn": "nn.BatchNorm"}, "mode", more=more)
-    return failures
-
-
-def enter(keys: list[Key], entrants: "dict[Key, Entrant]", setting: Setting, rank: int) -> list[str]:
-    """Make and check those; what failed, where no other rank waits for it."""
-    failures: list[str] = []
-    for key in keys:
-        entrant = attempt(" ".join(key), partial(Entrant, *key, setting, rank), setting.device, failures)
-        if entrant is not None:
-            entrants[key] = entrant
-            say(f"{' '.join(key)}: right, first pass {entrant.found['first_seconds']:.1f} s")
+        shared = {**benchmark.environment(str(keys)), **setting.columns(), "model": model, "dtype": dtype}
+        benchmark.write(shared, by_key(times), {"over_bn": "nn.BatchNorm"}, "mode", more=more)
     return failures
 
 

@@ -14,7 +14,6 @@ runs the four verbs twice on one large bfloat16 channels_last input and holds th
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.checking import hold
 from benchmarks.options import parser
-from benchmarks.resilience import Budget, attempt
+from benchmarks.resilience import Budget, attempt, say
 from benchmarks.shapes import DTYPES
 from benchmarks.verbs import Outcome, all_verbs, in_float64
 from syncbn.backends import Epilogue, Running, name_for, reference, select
@@ -81,16 +80,15 @@ def run(case: Small, device: torch.device) -> float:
     """The largest error of the four verbs' outputs; raises if one is beyond its tolerance."""
     generator = torch.Generator().manual_seed(0)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-    def activation_like() -> Tensor:
-        return in_layout(randn(*case.shape).to(device, DTYPES[case.dtype]), case.layout)
-
-    channels = case.shape[1]
-    x, dy, residual = activation_like(), activation_like(), activation_like() if case.residual else None
-    mask = (randn(case.shape[0], *case.shape[2:]) > -0.5).to(device) if case.mask else None
-    weight, bias = randn(channels).to(device), randn(channels).to(device)
+    x, dy, *more = (
+        in_layout(randn(*case.shape, dtype=DTYPES[case.dtype]), case.layout) for _ in range(2 + case.residual)
+    )
+    mask = randn(case.shape[0], *case.shape[2:]) > -0.5 if case.mask else None
+    weight, bias = randn(case.shape[1]), randn(case.shape[1])
+    residual = more[0] if more else None
     if residual is not None:  # keep z clear of 0, where a ReLU's gradient may rightly be either
         z = _right(x, dy, Epilogue(weight, bias, residual, mask)).y
         residual = residual + torch.copysign(torch.full_like(z, 0.5), z).to(residual.dtype)
@@ -124,10 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     own.add_argument("--large", action="store_true", help="one large input instead, not checked")
     args = own.parse_args(argv)
     device = torch.device(args.device)
-    if args.large:
-        run_large(device)
-    else:
-        run_all(cases(args.smoke), device, args.budget)
+    run_large(device) if args.large else run_all(cases(args.smoke), device, args.budget)
 
 
 def run_all(everything: list[Small], device: torch.device, seconds: float) -> None:
@@ -143,9 +138,9 @@ def run_all(everything: list[Small], device: torch.device, seconds: float) -> No
             if done == 1:
                 budget = Budget(seconds)
             if done in (1, len(everything)) or done % 12 == 0:
-                print(f"{done} of {len(everything)} calls, back-end {backend}", file=sys.stderr, flush=True)
+                say(f"{done} of {len(everything)} calls, back-end {backend}")
     finally:  # also when an illegal access ends it
-        print(f"made {done} calls of all verbs, {len(failures)} wrong, error at most {worst:.1e}", file=sys.stderr)
+        say(f"made {done} calls of all verbs, {len(failures)} wrong, error at most {worst:.1e}")
     if failures:
         raise SystemExit(1)
 

@@ -139,3 +139,8 @@ def slowest(times: Times) -> Times:
     t = torch.tensor(list(times.values()), dtype=torch.float64)
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return dict(zip(times, t.tolist(), strict=True))
+
+
+def by_key(times: Mapping[Any, list[float]]) -> Times:
+    """Those of samplers that are named (variant, pass) and have one pass each."""
+    return {key: seconds for (key, _), seconds in times.items()}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from benchmarks.harness import Benchmark, Key, Sample, interleave
+from benchmarks.harness import Benchmark, Key, Sample, by_key, interleave
 from benchmarks.options import TIMING, parsed, parser
 from benchmarks.resilience import Budget
 from benchmarks.shapes import Plan
@@ -74,8 +74,7 @@ def measure(plan: Plan, budget: Budget, benchmark: Benchmark) -> list[str]:
             samplers[name, phase] = partial(timed, call, device, STACK if phase == "stack" else 1)
     times = interleave(samplers, args.reps, warmup=min(50, args.reps))
     shared = {**benchmark.environment(plan), "driver": "stub" if args.stubbed else "cuda", **plan.columns()}
-    by_pass = {key: seconds for (key, _), seconds in times.items()}
-    benchmark.write(shared, by_pass, {"over_bn": "nn.BatchNorm"}, "pass", "us")
+    benchmark.write(shared, by_key(times), {"over_bn": "nn.BatchNorm"}, "pass", "us")
     return []
 
 

@@ -28,6 +28,7 @@ from benchmarks.checking import Case, bn_backend, make_case
 from benchmarks.cuda_graphs import on_side_stream
 from benchmarks.harness import Benchmark
 from benchmarks.resilience import Budget, say
+from benchmarks.resnet import ForcedOurs, ForcedTorchSync
 from benchmarks.shapes import LayerCall, layer_plans
 
 COMPILED_JOBS = 6
@@ -81,10 +82,10 @@ def gpu_variants(case: Case, fused: bool, with_compile: bool) -> list[variants.V
         variants.copy(),
         kept("nn.BatchNorm", variants.batch_norm(case, fused)),
         kept("syncbn", variants.ours(case, fused=fused), is_ours=True),
-        kept("syncbn.forced", variants.ours_forced(case, fused), is_ours=True),
+        kept("syncbn.forced", variants.ours(case, None, fused, ForcedOurs), is_ours=True),
     ]
     if case.x.is_cuda:
-        entrants.append(kept("nn.SyncBatchNorm.forced", variants.torch_sync_forced(case, fused)))
+        entrants.append(kept("nn.SyncBatchNorm.forced", variants.batch_norm(case, fused, ForcedTorchSync)))
     if with_compile:
         torch.compiler.reset()
         entrants.append(kept("compiled", variants.compiled_batch_norm(case, fused)))

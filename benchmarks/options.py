@@ -10,9 +10,8 @@ import torch
 from benchmarks.machine import cores, machine_slug
 from benchmarks.tables import RESULTS
 
-CUDA = torch.cuda.is_available()
 OPTIONS: dict[str, dict[str, Any]] = {
-    "device": {"default": "cuda" if CUDA else "cpu", "choices": ("cpu", "cuda"), "help": "default here: %(default)s"},
+    "device": {"choices": ("cpu", "cuda"), "help": "default here: %(default)s"},
     "machine": {"help": "name of this machine in rows and file names; default: from its model"},
     "out": {"type": Path, "default": RESULTS, "help": "folder for the CSV"},
     "reps": {"type": int, "help": "repetitions of every variant (default: %(default)s)"},
@@ -31,6 +30,8 @@ def parser(doc: str | None, *names: str, **defaults: Any) -> argparse.ArgumentPa
     """One with these of `OPTIONS`."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.set_defaults(ranks=1)  # without the option
+    if "device" in names:  # else CUDA is not to be touched
+        made.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     for name in names:
         made.add_argument(f"--{name}", **OPTIONS[name])
     made.set_defaults(**defaults)

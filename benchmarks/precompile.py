@@ -11,7 +11,6 @@ import importlib
 import itertools
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,11 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         capability, multiprocessors = device()
         todo = itertools.islice(jobs(multiprocessors), SMOKE_JOBS if args.smoke else None)
         done, failures = wait_for(pool.imap_unordered(build, ((job, capability) for job in todo)), budget)
-    for failure in failures[:MOST_SHOWN]:
-        print(failure, file=sys.stderr)
     print(f"sm_{capability}: {done} kernels by {args.processes} processes, {_age():.1f} s after the start", flush=True)
     if failures:
-        raise SystemExit(1)
+        raise SystemExit("\n".join(failures[:MOST_SHOWN]))
 
 
 def wait_for(outcomes: Any, budget: Budget) -> tuple[int, list[str]]:

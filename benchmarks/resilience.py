@@ -74,9 +74,8 @@ def works(device: torch.device) -> bool:
 
 def report(what: str, problem: BaseException, device: torch.device) -> str:
     """What went wrong, printed at once; raises DeviceLost if nothing can be right or timed any more."""
-    lines = str(problem).strip().splitlines() or [""]
     kind = "" if isinstance(problem, AssertionError) else f"{type(problem).__name__}: "
-    text = f"{what}: {kind}{' '.join(lines[:3])}"
+    text = f"{what}: {kind}{' '.join(str(problem).strip().splitlines()[:3])}"
     print(f"NOT TIMED: {text}", file=sys.stderr, flush=True)
     if not works(device):
         raise DeviceLost(text) from problem

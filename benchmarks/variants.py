@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import syncbn
 from benchmarks.checking import EPS, Case, check, make_case, oracle
 from benchmarks.resilience import attempt, ranks
-from benchmarks.resnet import ForcedOurs, ForcedTorchSync
 from benchmarks.shapes import LayerCall
 
 MOMENTUM = 0.1
@@ -49,11 +48,14 @@ def variant(
     return Variant(name, lambda given: apply(given.x, given.residual), backward, scope, is_ours)
 
 
-def batch_norm(case: Case, fused: bool = False) -> Apply:
-    """nn.BatchNorm*d, then + residual and ReLU if fused: what one writes without this library."""
-    by_rank = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    layer = _with_parameters(by_rank[case.x.ndim](case.x.shape[1], eps=EPS, momentum=MOMENTUM), case)
-    return _then_add_relu(layer, fused)
+BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def batch_norm(case: Case, fused: bool = False, made: type[nn.Module] | None = None) -> Apply:
+    """nn.BatchNorm*d, or another, then + residual and ReLU if fused: what one writes without this library."""
+    made = made or BY_RANK[case.x.ndim]
+    layer = _with_parameters(made(case.x.shape[1], eps=EPS, momentum=MOMENTUM), case)
+    return (lambda x, residual: F.relu(layer(x) + residual)) if fused else (lambda x, _: layer(x))
 
 
 def compiled_batch_norm(case: Case, fused: bool = False) -> Apply:
@@ -62,28 +64,18 @@ def compiled_batch_norm(case: Case, fused: bool = False) -> Apply:
     return torch.compile(batch_norm(case, fused), dynamic=False, backend=backend)
 
 
-def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False) -> Apply:
-    """syncbn.SyncBatchNorm over group; residual and ReLU inside it."""
-    layer = syncbn.SyncBatchNorm(
-        case.x.shape[1], EPS, MOMENTUM, process_group=group, activation="relu" if fused else None
-    )
+def ours(
+    case: Case, group: Any = None, fused: bool = False, made: type[syncbn.SyncBatchNorm] = syncbn.SyncBatchNorm
+) -> Apply:
+    """syncbn.SyncBatchNorm over group, or one derived from it; residual and ReLU inside it."""
+    activation = "relu" if fused else None
+    layer = made(case.x.shape[1], EPS, MOMENTUM, process_group=group, activation=activation)
     return _with_parameters(layer, case)
 
 
-def ours_forced(case: Case, fused: bool = False) -> Apply:
-    """Ours with its collectives issued even though the default group has one rank."""
-    return _with_parameters(ForcedOurs(case.x.shape[1], EPS, MOMENTUM, activation="relu" if fused else None), case)
-
-
-def torch_sync_forced(case: Case, fused: bool = False) -> Apply:
-    """nn.SyncBatchNorm's synchronized path, its all_gather included, on a group of one; CUDA only."""
-    layer = ForcedTorchSync(case.x.shape[1], eps=EPS, momentum=MOMENTUM)
-    return _then_add_relu(_with_parameters(layer, case), fused)
-
-
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks; the gradient is the sum of the ranks' gradients. As in torch.distributed.nn.functional,
-    whose all_reduce is deprecated since torch 2.13."""
+    """The sum over all ranks, and so is its gradient. As in torch.distributed.nn.functional, whose all_reduce is
+    deprecated since torch 2.13."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -91,11 +83,7 @@ class AllReduce(torch.autograd.Function):
         dist.all_reduce(t)
         return t
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+    backward = forward
 
 
 def naive_sync(case: Case) -> Apply:
@@ -139,12 +127,6 @@ def _with_parameters(layer: nn.Module, case: Case) -> nn.Module:
     return layer
 
 
-def _then_add_relu(layer: Callable[[Tensor], Tensor], fused: bool) -> Apply:
-    if fused:
-        return lambda x, residual: F.relu(layer(x) + residual)
-    return lambda x, residual: layer(x)
-
-
 def right_ones(
     call: LayerCall, case: Case, entrants: list[Variant], rank: int = 0
 ) -> tuple[list[Variant], dict[str, float], list[str]]:
@@ -154,15 +136,12 @@ def right_ones(
         everyone = [make_case(call.plan, case.x.device, r, call.fused) for r in range(ranks())]
         everyone[rank] = case
         expected["global"] = oracle(everyone, rank, call.fused)
-    right: list[Variant] = []
-    errors: dict[str, float] = {}
-    refused: list[str] = []
+    right, errors, refused = list[Variant](), dict[str, float](), list[str]()
     for v in entrants:
         if v.scope is not None:
             passes = partial(v.forward, case), partial(v.backward, case)
             work = partial(check, v.name, *passes, expected[v.scope], v.is_ours)
-            off = attempt(f"{call}: {v.name}", work, case.x.device, refused)
-            if off is None:
+            if (off := attempt(f"{call}: {v.name}", work, case.x.device, refused)) is None:
                 continue
             errors[v.name] = off
         right.append(v)

@@ -27,7 +27,9 @@ from benchmarks import (
 )
 from benchmarks.checking import Case, hold, make_case
 from benchmarks.resilience import report, through
+from benchmarks.resnet import ResNet50
 from benchmarks.shapes import LayerCall, Plan
+from benchmarks.training import Setting
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -201,15 +203,16 @@ def test_a_layer_that_fails_costs_itself() -> None:
 
 def test_a_model_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm that raises, and one that is wrong, have no row in step.py; the others have, and the script fails."""
-    outcome = step._outcome
+    check = step.check
 
-    def changed(name: str, dtype: torch.dtype, small: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def changed(setting: Setting, name: str, model: ResNet50, called: torch.nn.Module) -> tuple[float, float]:
         if name == "syncbn.fused":
             raise ValueError("no fused kernel")
-        logits, gradient = outcome(name, dtype, small, device)
-        return logits, 2 * gradient if name == "syncbn" else gradient
+        if name == "syncbn":
+            model.conv.weight.register_hook(lambda gradient: 2 * gradient)
+        return check(setting, name, model, called)
 
-    monkeypatch.setattr(step, "_outcome", changed)
+    monkeypatch.setattr(step, "check", changed)
     step.checked.cache_clear()
     with pytest.raises(SystemExit, match=r"syncbn: logits are off .*it is not timed.\nsyncbn.fused: ValueError"):
         step.main(smoke(tmp_path))
