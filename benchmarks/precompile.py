@@ -5,6 +5,7 @@
 
 What the benchmarks and the GPU tests will launch is recorded by calling the verbs with tensors that have no storage;
 what Triton's dispatch would compile for it is compiled by one process a core, the most important first.
+--budget is seconds from the start of the process.
 """
 
 import importlib
@@ -26,10 +27,8 @@ from benchmarks.expected_calls import Call, calls
 from benchmarks.machine import cores
 from benchmarks.options import parser
 from benchmarks.resilience import MOST_SHOWN, Budget
-from benchmarks.verbs import all_verbs
-from syncbn.backends import Epilogue, Running, gpu, gpu_launch
-from tests.support.gpu_compile import compile_for
-from tests.support.oracle import in_layout
+from syncbn.backends import gpu_launch
+from tests.support.gpu_compile import compile_for, recorded
 
 WITHOUT_DEVICE = 90
 SMOKE_JOBS = 4
@@ -48,25 +47,9 @@ class Job(NamedTuple):
     numbers: tuple[float, ...]
 
 
-def recorded(call: Call) -> list[Job]:
+def jobs_of(call: Call) -> list[Job]:
     """The launches of a forward and backward."""
-
-    def meta(*size: int, of: torch.dtype = call.dtype, layout: str = "contiguous") -> Tensor:
-        return in_layout(torch.empty(size, dtype=of, device="meta"), layout)
-
-    wide = torch.float64 if call.dtype == torch.float64 else torch.float32
-    x, dy = meta(*call.shape, layout=call.layout), meta(*call.shape, layout=call.dy_layout or call.layout)
-    weight, bias, *buffers = (meta(call.shape[1], of=wide) for _ in range(4))
-    mask = meta(call.shape[0], *call.shape[2:], of=torch.bool) if call.masked else None
-    residual = meta(*call.shape, layout=call.layout) if call.residual else None
-    running = Running(*buffers, meta(of=torch.int64), call.momentum) if call.running else None
-    given = Epilogue(weight, bias, residual, mask, call.activation)
-    kept = given._replace(residual=residual if call.activation else None) if call.running else given
-    needs_dresidual = residual is not None and (call.activation is not None or call.masked)
-    jobs: list[Job] = []
-    with mock.patch.object(gpu, "launch", lambda *launched: jobs.append(_job(*launched))):
-        all_verbs(gpu, x, dy, given, running, needs_dresidual, kept)
-    return jobs
+    return [_job(*launch) for launch in recorded(**call._asdict())]
 
 
 def _job(kernel: Any, grid: int, pointers: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Job:
@@ -82,7 +65,7 @@ def jobs(multiprocessors: int) -> Iterator[Job]:
     seen: set[Job] = set()
     with mock.patch.object(gpu_launch, "sms_of", return_value=multiprocessors):
         for call in calls():
-            for job in recorded(call):
+            for job in jobs_of(call):
                 if job not in seen:
                     seen.add(job)
                     yield job

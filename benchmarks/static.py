@@ -41,6 +41,7 @@ SHAPES = (
 )
 FUSED_SHAPES = ("2x256x200x336",)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"NHWC": "channels_last", "NCHW": "contiguous"}
 COLUMNS = (
     *("commit", "triton", "state", "target", "verb", "epilogue", "shape", "layout", "dtype", "registers"),
     *("threads_per_sm", "kilobytes_in_flight_per_sm", "instructions_per_element", "instructions_once", "barriers_once"),
@@ -62,13 +63,13 @@ class Call(NamedTuple):
 
         fused: dict[str, Any] = {"activation": "relu", "residual": True} if self.epilogue == "add_relu" else {}
         shape = tuple(map(int, self.shape.split("x")))
-        found = recorded(shape, rows=self.layout == "NHWC", dtype=DTYPES[self.dtype], momentum=0.1, **fused)
+        found = recorded(shape, DTYPES[self.dtype], LAYOUTS[self.layout], momentum=0.1, **fused)
         return [launch for launch in found if not fused or verb_of(launch) != "batch_sums"]
 
 
 def calls(shapes: Sequence[str], dtypes: Sequence[str]) -> Iterator[Call]:
     for dtype in dtypes:
-        for layout in ("NHWC", "NCHW"):
+        for layout in LAYOUTS:
             yield from (Call(shape, layout, dtype, "none") for shape in shapes)
             yield from (Call(shape, layout, dtype, "add_relu") for shape in shapes if shape in FUSED_SHAPES)
 

@@ -28,21 +28,14 @@ class Outcome(NamedTuple):
 
 
 def all_verbs(
-    backend: Any,
-    x: Tensor,
-    dy: Tensor,
-    epilogue: Epilogue,
-    running: Running | None,
-    needs_dresidual: bool,
-    kept: Epilogue | None = None,
+    backend: Any, x: Tensor, dy: Tensor, epilogue: Epilogue, running: Running | None, needs_dresidual: bool
 ) -> Outcome:
-    """A forward and backward by a back-end; kept is the epilogue as the backward is given it."""
-    kept = kept or epilogue
+    """A forward and backward by a back-end."""
     sums = backend.batch_sums(x, epilogue.mask)
     counted = sums.clone()
     y, mean, invstd = backend.normalize(x, sums, epilogue, EPS, running)
-    dsums, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, kept)
-    grads = backend.grad_input(dy, x, mean, invstd, kept, dsums, counted[-3:-2], needs_dresidual)
+    dsums, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
+    grads = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, counted[-3:-2], needs_dresidual)
     return Outcome(counted, y, mean, invstd, dsums, dweight, dbias, *grads)
 
 

@@ -66,7 +66,7 @@ def ahead(calls: list[expected_calls.Call], plan: Plan, fused: bool) -> set[prec
     """What is compiled for one comparison of a script."""
     wanted = (plan.shape, DTYPES[plan.dtype], plan.layout, fused)
     chosen = [call for call in calls if (*call[:3], call.residual) == wanted]
-    return {job for call in chosen for job in precompile.recorded(call)}
+    return {job for call in chosen for job in precompile.jobs_of(call)}
 
 
 @pytest.mark.parametrize("fused", [False, True])
