@@ -67,10 +67,8 @@ def compare(setting: Setting, budget: Budget, benchmark: Benchmark) -> list[str]
 
 def trained(setting: Setting, benchmark: Benchmark) -> dict[str, Any]:
     """The last line of a run's log, on rank 0."""
-    sys.path[:] = [
-        str(LAUNCH),
-        *(entry for entry in sys.path if entry != str(LAUNCH)),
-    ]  # whose scripts import their neighbours by their plain names
+    if str(LAUNCH) not in sys.path:
+        sys.path.insert(0, str(LAUNCH))  # whose scripts import their neighbours by their plain names
     import train
     from data import load
     from ranks import Rank

@@ -96,7 +96,7 @@ def compare(setting: Setting, budget: Budget, benchmark: Benchmark) -> list[str]
             over_eager = summaries[key].over(summaries.get((key[0], "eager")))
             return {**entrants[key].found, "over_eager": over_eager} if key in new else None
 
-        shared = {**benchmark.environment(str(keys)), **setting.columns(), "model": model, "dtype": dtype}
+        shared = {**benchmark.environment((setting, *keys)), **setting.columns(), "model": model, "dtype": dtype}
         benchmark.write(shared, by_key(times), {"over_bn": "nn.BatchNorm"}, "mode", more=more)
     return failures
 

@@ -58,13 +58,13 @@ def samplers(makers: Makers, graph: bool, what: str, device: torch.device) -> Sa
 
 
 def _ran_once(make: Callable[[bool], ByPass], captured: bool) -> Callable[[], dict[str, float]]:
-    call = functools.partial(_sample, make(captured))
+    by_pass = make(captured)
+
+    def call() -> dict[str, float]:
+        return {phase: timed() for phase, timed in by_pass.items()}
+
     call()
     return call
-
-
-def _sample(by_pass: ByPass) -> dict[str, float]:
-    return {phase: timed() for phase, timed in by_pass.items()}
 
 
 def timer(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device, graph: bool) -> Callable[[], float]:

@@ -32,13 +32,9 @@ def add_resources(
     failures: list[str] = []
     for name, row in rows.items():
         if not budget.spent():
-            work = partial(_amend, results, row, steps[name])
-            attempt(f"{what}: resources of {name}", work, device, failures)
+            found = attempt(f"{what}: resources of {name}", partial(cost, steps[name]), device, failures)
+            results.amend(row, found or {})
     return failures
-
-
-def _amend(results: Results, row: Row, step: Callable[[], None]) -> None:
-    results.amend(row, cost(step))
 
 
 def cost(step: Callable[[], None]) -> dict[str, Any]:
