@@ -121,8 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     own = parser(__doc__, "device", "budget", "smoke")
     own.add_argument("--large", action="store_true", help="one large input instead, not checked")
     args = own.parse_args(argv)
-    device = torch.device(args.device)
-    run_large(device) if args.large else run_all(cases(args.smoke), device, args.budget)
+    if args.large:
+        run_large(torch.device(args.device))
+    else:
+        run_all(cases(args.smoke), torch.device(args.device), args.budget)
 
 
 def run_all(everything: list[Small], device: torch.device, seconds: float) -> None:
