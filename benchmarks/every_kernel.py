@@ -83,12 +83,10 @@ def run(case: Small, device: torch.device) -> float:
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    x, dy, *more = (
-        in_layout(randn(*case.shape, dtype=DTYPES[case.dtype]), case.layout) for _ in range(2 + case.residual)
-    )
+    x, dy, drawn = (in_layout(randn(*case.shape, dtype=DTYPES[case.dtype]), case.layout) for _ in range(3))
     mask = randn(case.shape[0], *case.shape[2:]) > -0.5 if case.mask else None
     weight, bias = randn(case.shape[1]), randn(case.shape[1])
-    residual = more[0] if more else None
+    residual = drawn if case.residual else None
     if residual is not None:  # keep z clear of 0, where a ReLU's gradient may rightly be either
         z = _right(x, dy, Epilogue(weight, bias, residual, mask)).y
         residual = residual + torch.copysign(torch.full_like(z, 0.5), z).to(residual.dtype)
