@@ -13,75 +13,71 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.harness import Results, arguments, commit, cores, machine_slug, on_ranks, results_path
+from benchmarks.harness import Benchmark
+from benchmarks.machine import commit, machine_slug
+from benchmarks.options import TIMING, parsed, parser, shared_out
+from benchmarks.resilience import Budget, agreed
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 NORMS = ("batch", "syncbn", "group", "instance")
 SIZES = (16, 8, 4, 2, 1)
 COLUMNS = ("machine", "torch", "commit", "data", "norm", "seed", "ranks", "batch_per_rank", "epochs")
 COLUMNS += ("accuracy", "loss", "recomputed_accuracy", "recomputed_loss")
-SETTING = ("norm", "batch_per_rank", "seed", "epochs", "ranks")
-"""Columns that tell one run from another."""
+
+
+class Setting(NamedTuple):
+    """What tells one run from another."""
+
+    norm: str
+    batch_per_rank: int
+    seed: int
+    epochs: int
+    ranks: int
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options(argv)
-    on_ranks(run_rank, args)
-
-
-def options(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments(__doc__, reps=3)
-    parser.add_argument("--ranks", type=int, default=2, help="gloo processes (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each run (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.epochs = args.reps = 1
+    own = parser(__doc__, *TIMING, "ranks", script="batch-size", reps=3)
+    own.add_argument("--epochs", type=int, default=4, help="of each run (default: %(default)s)")
+    args = parsed(own, argv, smoke_reps=1)
+    args.threads, args.device = shared_out(None, args.ranks), "cpu"
     args.machine = args.machine or machine_slug(torch.device("cpu"))
-    return args
+    Benchmark(args, COLUMNS, settings(args), compare, "gloo").run()
 
 
-def settings(args: argparse.Namespace) -> list[tuple[str, int, int]]:
-    """norm, images a rank, and seed of each run; all of a seed before the next."""
-    sizes = SIZES[:1] if args.smoke else SIZES
-    return [(norm, size, seed) for seed in range(args.reps) for size in sizes for norm in NORMS]
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """All of a seed before the next."""
+    sizes, epochs = (SIZES[:1], 1) if args.smoke else (SIZES, args.epochs)
+    triples = [(norm, size, seed) for seed in range(args.reps) for size in sizes for norm in NORMS]
+    return [Setting(*triple, epochs, args.ranks) for triple in triples]
 
 
-def run_rank(rank: int, store: str, args: argparse.Namespace) -> None:
-    """One rank's part of every run; rank 0 writes."""
-    sys.path.insert(0, str(LAUNCH))  # whose scripts import their neighbours by their plain names
-    from ranks import Rank
-
-    torch.set_num_threads(max(1, cores() // args.ranks))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
-    me = Rank(rank, args.ranks, "gloo", torch.device("cpu"))
-    path = results_path(args, "batch-size")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = Results(path if rank == 0 else None, COLUMNS, args.append)
-    done: list[Any] = [[tuple(row[name] for name in SETTING) for row in results.rows]]
-    dist.broadcast_object_list(done, 0)
-    try:
-        for norm, size, seed in settings(args):
-            if (norm, *map(str, (size, seed, args.epochs, args.ranks))) not in done[0]:
-                row = trained(norm, size, seed, args, me)
-                if rank == 0:
-                    results.add(row | {"machine": args.machine})
-    finally:
-        dist.destroy_process_group()
+def compare(setting: Setting, budget: Budget, benchmark: Benchmark) -> list[str]:
+    """Train one of them, unless it stands in the file."""
+    wanted = {name: str(value) for name, value in setting._asdict().items()}
+    if not agreed(any(wanted.items() <= row.items() for row in benchmark.results.rows)):
+        row = trained(setting, benchmark)
+        if benchmark.rank == 0:
+            benchmark.results.add(row | {"machine": benchmark.args.machine})
+    return []
 
 
-def trained(norm: str, size: int, seed: int, args: argparse.Namespace, me: Any) -> dict[str, Any]:
+def trained(setting: Setting, benchmark: Benchmark) -> dict[str, Any]:
     """The last line of a run's log, on rank 0."""
+    if str(LAUNCH) not in sys.path:
+        sys.path.insert(0, str(LAUNCH))  # whose scripts import their neighbours by their plain names
     import train
     from data import load
+    from ranks import Rank
 
+    norm, size, seed, epochs, ranks = setting
+    me = Rank(benchmark.rank, ranks, "gloo", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        given = ["--norm", norm, "--batch-size", str(size), "--seed", str(seed), "--epochs", str(args.epochs)]
+        given = ["--norm", norm, "--batch-size", str(size), "--seed", str(seed), "--epochs", str(epochs)]
         given += ["--log-file", str(log), *(["--recompute-statistics"] if norm in ("batch", "syncbn") else [])]
         train.run(load("digits", ""), train.parse(given), me)
         if me.rank:

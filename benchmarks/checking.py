@@ -105,3 +105,9 @@ def hold(label: str, mine: Tensor, want: Tensor, baseline: torch.dtype | None = 
     if not off <= limit:
         raise AssertionError(f"{label} is off by {off:.2e}, allowed {limit:.2e}; it is not timed.")
     return off
+
+
+def bn_backend(case: Case) -> str:
+    """What torch picks for its own batch norm of this input in training: Native, Cudnn or Miopen."""
+    parameters = (case.weight, case.bias, torch.zeros_like(case.weight), torch.ones_like(case.weight))
+    return str(torch._C._select_batch_norm_backend(case.x, *parameters, True, 1e-5)).rpartition(".")[-1]

@@ -13,19 +13,19 @@ every tensor is an allocation of its own, so that one byte past its end is seen.
 runs the four verbs twice on one large bfloat16 channels_last input and holds them to nothing: for a profiler.
 """
 
-import argparse
 import itertools
-import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.checking import EPS, hold
-from benchmarks.harness import Budget
-from benchmarks.resilience import report
+from benchmarks.checking import hold
+from benchmarks.options import parser
+from benchmarks.resilience import Budget, attempt, say
 from benchmarks.shapes import DTYPES
+from benchmarks.verbs import Outcome, all_verbs, in_float64
 from syncbn.backends import name_for, reference, select
 from syncbn.formulas import Epilogue, Running
 from tests.support.oracle import in_layout
@@ -33,6 +33,7 @@ from tests.support.oracle import in_layout
 SHAPES = ((3, 5, 7, 7), (33, 130), (2, 70, 9, 3), (4, 64, 33, 31), (2, 8, 40), (300, 24), (2, 3, 4, 5, 6), (0, 5, 7, 7))
 EPILOGUES = ((None, False, False), ("relu", True, False), ("silu", False, True), ("leaky_relu", True, True))
 """(activation, residual, mask)"""
+HELD = ("sums", "y", "dweight", "dbias", "dx", "dresidual")
 LARGE = (2, 256, 200, 336)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 
@@ -80,46 +81,30 @@ def run(case: Small, device: torch.device) -> float:
     """The largest error of the four verbs' outputs; raises if one is beyond its tolerance."""
     generator = torch.Generator().manual_seed(0)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-    def activation_like() -> Tensor:
-        return in_layout(randn(*case.shape).to(device, DTYPES[case.dtype]), case.layout)
-
-    channels = case.shape[1]
-    x, dy, residual = activation_like(), activation_like(), activation_like() if case.residual else None
-    mask = (randn(case.shape[0], *case.shape[2:]) > -0.5).to(device) if case.mask else None
-    weight, bias = randn(channels).to(device), randn(channels).to(device)
+    x, dy, drawn = (in_layout(randn(*case.shape, dtype=DTYPES[case.dtype]), case.layout) for _ in range(3))
+    mask = randn(case.shape[0], *case.shape[2:]) > -0.5 if case.mask else None
+    weight, bias = randn(case.shape[1]), randn(case.shape[1])
+    residual = drawn if case.residual else None
     if residual is not None:  # keep z clear of 0, where a ReLU's gradient may rightly be either
-        z = _right(x, dy, Epilogue(weight, bias, residual, mask))[1]
+        z = _right(x, dy, Epilogue(weight, bias, residual, mask)).y
         residual = residual + torch.copysign(torch.full_like(z, 0.5), z).to(residual.dtype)
     epilogue = Epilogue(weight, bias, residual, mask, case.activation)
-    names = ("sums", "y", "dweight", "dbias", "dx", "dresidual")
-    pairs = zip(names, _ours(x, dy, epilogue), _right(x, dy, epilogue), strict=True)
-    return max(hold(f"{case}: {name}", mine, right) for name, mine, right in pairs if mine is not None)
+    mine, right = (out._asdict() for out in (_verbs(select(x), x, dy, epilogue), _right(x, dy, epilogue)))
+    return max(hold(f"{case}: {name}", mine[name], right[name]) for name in HELD if mine[name] is not None)
 
 
-def _right(x: Tensor, dy: Tensor, epilogue: Epilogue) -> tuple[Tensor, ...]:
-    wide = Epilogue(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in epilogue))
-    return _verbs(reference, x.double(), dy.double(), wide)
+def _right(x: Tensor, dy: Tensor, epilogue: Epilogue) -> Outcome:
+    return _verbs(reference, x.double(), dy.double(), in_float64(epilogue))
 
 
-def _ours(x: Tensor, dy: Tensor, epilogue: Epilogue) -> tuple[Tensor, ...]:
-    return _verbs(select(x), x, dy, epilogue)
-
-
-def _verbs(backend, x: Tensor, dy: Tensor, epilogue: Epilogue) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    """sums, y, dweight, dbias, dx, dresidual"""
+def _verbs(backend: Any, x: Tensor, dy: Tensor, epilogue: Epilogue) -> Outcome:
     channels = x.shape[1]
     buffers = (torch.zeros(channels, device=x.device), torch.ones(channels, device=x.device))
     running = Running(*buffers, torch.zeros((), dtype=torch.int64, device=x.device), 0.1)
-    sums = backend.batch_sums(x, epilogue.mask)
-    kept = sums.clone()
-    y, mean, invstd = backend.normalize(x, sums, epilogue, EPS, running)
-    dsums, dweight, dbias = backend.grad_sums(dy, x, mean, invstd, epilogue)
-    needs = epilogue.residual is not None
-    dx, dresidual = backend.grad_input(dy, x, mean, invstd, epilogue, dsums, kept[-3:-2], needs)
-    return kept, y, dweight, dbias, dx, dresidual
+    return all_verbs(backend, x, dy, epilogue, running, epilogue.residual is not None)
 
 
 def run_large(device: torch.device) -> None:
@@ -128,42 +113,35 @@ def run_large(device: torch.device) -> None:
     x, dy = (torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last) for _ in range(2))
     weight, bias = torch.ones(2, shape[1], device=device)
     for _ in range(2):
-        _ours(x, dy, Epilogue(weight, bias))
+        _verbs(select(x), x, dy, Epilogue(weight, bias))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--budget", type=float, default=0, help="seconds after the first call for the others to start")
-    parser.add_argument("--large", action="store_true", help="one large input instead, not checked")
-    parser.add_argument("--smoke", action="store_true", help="a few calls: does the script work?")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    own = parser(__doc__, "device", "budget", "smoke")
+    own.add_argument("--large", action="store_true", help="one large input instead, not checked")
+    args = own.parse_args(argv)
     if args.large:
-        run_large(device)
+        run_large(torch.device(args.device))
     else:
-        run_all(cases(args.smoke), device, args.budget)
+        run_all(cases(args.smoke), torch.device(args.device), args.budget)
 
 
 def run_all(everything: list[Small], device: torch.device, seconds: float) -> None:
     """Each call, counted aloud, since who watches may be stopped; exits with 1 if one was wrong."""
-    backend, worst, done, failures = name_for(torch.empty(1, device=device)), 0.0, 0, []
-    budget = Budget(0)
+    backend, worst, done = name_for(torch.empty(1, device=device)), 0.0, 0
+    budget, failures = Budget(0), list[str]()
     try:
         for case in everything:
             if budget.spent():
                 break
             done += 1
-            try:
-                worst = max(worst, run(case, device))
-            except Exception as problem:  # the others are still to be watched
-                failures.append(report(str(case), problem, device))
+            worst = max(worst, attempt(str(case), partial(run, case, device), device, failures) or 0)
             if done == 1:
                 budget = Budget(seconds)
             if done in (1, len(everything)) or done % 12 == 0:
-                print(f"{done} of {len(everything)} calls, back-end {backend}", file=sys.stderr, flush=True)
+                say(f"{done} of {len(everything)} calls, back-end {backend}")
     finally:  # also when an illegal access ends it
-        print(f"made {done} calls of all verbs, {len(failures)} wrong, error at most {worst:.1e}", file=sys.stderr)
+        say(f"made {done} calls of all verbs, {len(failures)} wrong, error at most {worst:.1e}")
     if failures:
         raise SystemExit(1)
 

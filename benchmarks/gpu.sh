@@ -121,7 +121,7 @@ run() { # run <part> <seconds>; in its command {budget} is them less 15 s, {half
     [ "$status" -eq 0 ] || failed+=("$1")
 }
 
-slug='import torch; from benchmarks.harness import machine_slug; print(machine_slug(torch.device("'$device'")))'
+slug='import torch; from benchmarks.machine import machine_slug; print(machine_slug(torch.device("'$device'")))'
 machine=${MACHINE:-$(timeout 60 "$python" -c "$slug" || echo unknown)}
 commit=${COMMIT:-$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)}
 echo "=== ${parts[*]} on $machine, commit $commit"

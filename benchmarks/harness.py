@@ -1,68 +1,120 @@
-"""What every measurement shares: interleaved repetitions, medians, where and with what a row was measured, the CSV.
+"""What every measurement shares: jobs on ranks, comparisons in turn, a row for each variant with its ratios.
 
-Times are comparable within one run of one script only, so every row carries its ratio to a baseline of that run.
+A script says its question, its inputs, its variants and its columns. Times are comparable within one run of one script
+only, so every row carries its ratio to a baseline of that run.
 """
 
 import argparse
-import csv
-import datetime
 import functools
 import gc
-import os
-import platform
-import re
-import statistics
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-ENVIRONMENT = ("date", "commit", "machine", "device", "clocks", "torch", "triton", "ranks", "threads")
-"""Columns of every timing row, before the script's own."""
+from benchmarks.machine import environment
+from benchmarks.options import results_path
+from benchmarks.resilience import PATIENCE, Budget, ranks, through
+from benchmarks.tables import Results, Row, Summary, summarize
 
 Sample = Mapping[str, float]
 """Seconds by pass, e.g. {"forward": …, "backward": …, "both": …}."""
+Key = tuple[str, str]
+"""(variant, pass)"""
+Times = dict[Key, list[float]]
+"""Seconds of each repetition."""
+
+Compare = Callable[[Any, Budget, "Benchmark"], list[str]]
+"""compare(job, budget, benchmark) checks, times and writes one job; it returns why variants were left out."""
 
 
-class Summary(NamedTuple):
-    """Milliseconds: the median and the 20th and 80th percentile of `reps` repetitions."""
+@dataclass
+class Benchmark:
+    """A script at work: its jobs in args.ranks processes, in a default group with this back-end if one is named."""
 
-    median: float
-    p20: float
-    p80: float
-    reps: int
+    args: argparse.Namespace
+    columns: Sequence[str]
+    jobs: Sequence[Any]
+    compare: Compare
+    group: str | None = None
+    patience: float = PATIENCE
+    rank = 0
+
+    def run(self) -> None:
+        """All of it; in this process if it is one."""
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            if self.args.ranks == 1:
+                self.on_rank(0, store)
+            else:
+                torch.multiprocessing.spawn(self.on_rank, (store,), nprocs=self.args.ranks)
+
+    def on_rank(self, rank: int, store: str) -> None:
+        """One rank's part; the first one writes."""
+        self.rank = rank
+        if self.args.threads:
+            torch.set_num_threads(self.args.threads)
+        if self.group:
+            place = {"init_method": f"file://{store}", "rank": rank, "world_size": self.args.ranks}
+            dist.init_process_group(self.group, **place)
+        try:
+            path = results_path(self.args) if rank == 0 else None
+            self.results = Results(path, self.columns, self.args.append)
+            through(self.jobs, functools.partial(self.compare, benchmark=self), self.args, self.device, self.patience)
+        finally:
+            if self.group:
+                dist.destroy_process_group()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.args.device)
+
+    def environment(self, what: Any = None) -> dict[str, Any]:
+        """Of what is measured; nvidia-smi, which may take a second, is asked once for all rows of the same."""
+        return _environment(what, self.args.machine, self.device, self.args.ranks)
+
+    def write(
+        self,
+        shared: Mapping[str, Any],
+        times: Times,
+        over: Mapping[str, str],
+        phase: str = "",
+        unit: str = "ms",
+        more: Callable[[Key, dict[Key, Summary]], Mapping[str, Any] | None] = lambda key, summaries: {},
+    ) -> dict[Key, Row]:
+        """A row for each variant and pass, losers too.
+
+        `over` names the baselines of columns, phase the column of the passes; more are columns of one row, or None
+        where it is not to be written.
+        """
+        summaries, written = {key: summarize(seconds) for key, seconds in times.items()}, {}
+        for key, summary in summaries.items():
+            if (own := more(key, summaries)) is None:
+                continue
+            variant, at = key
+            row = {**shared, "variant": variant, **summary.columns(unit), **({phase: at} if phase else {})}
+            row |= {column: summary.over(summaries.get((baseline, at))) for column, baseline in over.items()}
+            written[key] = self.results.add({**row, **own})
+        return written
 
 
-def summarize(seconds: list[float]) -> Summary:
-    """Percentiles by linear interpolation between order statistics; no repetition is left out."""
-    ms = sorted(1e3 * s for s in seconds)
-    return Summary(statistics.median(ms), _percentile(ms, 0.2), _percentile(ms, 0.8), len(ms))
+@functools.lru_cache(maxsize=1)
+def _environment(what: Any, machine: str | None, device: torch.device, ranks: int) -> dict[str, Any]:
+    return environment(machine, device, ranks)
 
 
-def _percentile(ordered: list[float], fraction: float) -> float:
-    at = fraction * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def interleave(
-    samplers: Mapping[str, Callable[[], Sample]], reps: int, warmup: int = 3
-) -> dict[tuple[str, str], list[float]]:
+def interleave(samplers: Mapping[str, Callable[[], Sample]], reps: int, warmup: int = 3) -> Times:
     """Seconds by (variant, pass): `reps` rounds, each of one repetition of every variant.
 
     The variants take turns, so that a slow second of the machine hits all of them, and the order turns from round to
     round, so that none always runs in the wake of the same other. The garbage collector waits.
     """
-    times: dict[tuple[str, str], list[float]] = {}
+    times: Times = {}
     names = list(samplers)
     for _ in range(warmup):
         for name in names:
@@ -77,203 +129,18 @@ def interleave(
                     times.setdefault((name, phase), []).append(seconds)
     finally:
         gc.enable()
-    return times
+    return slowest(times)
 
 
-class Results:
-    """A CSV file that is whole after every row: a run cut short leaves the rows measured until then."""
-
-    def __init__(self, path: Path | None, columns: Iterable[str], append: bool = False) -> None:
-        self.path, self.columns = path, list(columns)
-        self.rows: list[dict[str, Any]] = []
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if append and path.exists():
-            check_columns(path, self.columns)
-            self.rows = read_rows(path)
-        self._write_all()
-
-    def add(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Write one row, and return it as written; its keys must be the columns, all of them."""
-        if set(row) != set(self.columns):
-            raise ValueError(f"A row has the columns of its file; {set(row) ^ set(self.columns)} is in one only.")
-        shown = {key: _shown(value) for key, value in row.items()}
-        self.rows.append(shown)
-        if self.path is not None:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(shown)
-        return shown
-
-    def amend(self, row: dict[str, str], values: Mapping[str, Any]) -> None:
-        """Write a row that was added once more, with what was found out since."""
-        row.update({key: _shown(value) for key, value in values.items()})
-        self._write_all()
-
-    def _write_all(self) -> None:
-        """The file as a whole, put in the place of the last one."""
-        if self.path is not None:
-            new = self.path.with_suffix(".new")
-            with new.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-            new.replace(self.path)
+def slowest(times: Times) -> Times:
+    """Each repetition's time on the rank where it took longest."""
+    if ranks() == 1 or not times:
+        return times
+    t = torch.tensor(list(times.values()), dtype=torch.float64)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return dict(zip(times, t.tolist(), strict=True))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def check_columns(path: Path, columns: Iterable[str]) -> None:
-    """Raise unless the file's header is these columns in this order."""
-    with path.open(newline="") as file:
-        header = next(csv.reader(file), [])
-    if header != list(columns):
-        raise ValueError(f"{path} has the columns {header}, not {list(columns)}. Write to another file.")
-
-
-def _shown(value: Any) -> str:
-    """Four significant digits for a float: more is noise."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def timing_columns(summary: Summary) -> dict[str, Any]:
-    """The four columns that a summary fills."""
-    return {"ms": summary.median, "ms_p20": summary.p20, "ms_p80": summary.p80, "reps": summary.reps}
-
-
-def ratio(summary: Summary, baseline: Summary | None) -> float | str:
-    """Median over the baseline's median in the same run; empty without one."""
-    return summary.median / baseline.median if baseline is not None and baseline.median > 0 else ""
-
-
-class Budget:
-    """Wall-clock seconds that a script may use; 0 is no limit."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds if seconds > 0 else float("inf")
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def spent(self) -> bool:
-        return self.left() <= 0
-
-
-def environment(machine: str | None, device: torch.device, ranks: int = 1) -> dict[str, Any]:
-    """The `ENVIRONMENT` columns of a row measured now."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "machine": machine or machine_slug(device),
-        "device": device_name(device),
-        "clocks": clocks() if device.type == "cuda" else "",
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "ranks": ranks,
-        "threads": torch.get_num_threads(),
-    }
-
-
-@functools.cache
-def commit() -> str:
-    """Short hash of what was measured, '+dirty' if a tracked file other than a result differs; or $COMMIT."""
-    given = os.environ.get("COMMIT")
-    if given:
-        return given
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
-    if not head:
-        return "unknown"
-    status = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return head + ("+dirty" if _output("git", "-C", str(ROOT), *status) else "")
-
-
-def device_name(device: torch.device) -> str:
-    """The model name of the GPU, or of the CPU with the number of cores that this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        model = found.group(1).strip() if found else model
-    return f"{model} ({cores()} cores)"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine_slug(device: torch.device) -> str:
-    """The device's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-
-
-_without_clocks: list[str] = []
-
-
-def clocks() -> str:
-    """SM and memory clock in MHz, now and at most, as nvidia-smi tells them; empty without it.
-
-    Where it does not answer it is not asked again: waiting for it before every comparison would cost most of them.
-    """
-    fields = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
-    query = ("nvidia-smi", "-i", str(torch.cuda.current_device()), f"--query-gpu={fields}")
-    line = "" if _without_clocks else _output(*query, "--format=csv,noheader,nounits")
-    values = [value.strip() for value in line.split(",")]
-    if len(values) != 4:
-        _without_clocks.append(line)
-        return ""
-    return "sm {} mem {} max {} {}".format(*values)
-
-
-def triton_version() -> str:
-    """Of the installed triton, empty without one; it is not imported."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _output(*command: str) -> str:
-    """Standard output, stripped; empty if the command fails or does not exist."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def arguments(description: str | None, reps: int) -> argparse.ArgumentParser:
-    """The options that every timing script has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help=f"default here: {default}")
-    parser.add_argument("--machine", help="name of this machine in rows and file names; default: from its model")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV")
-    parser.add_argument("--reps", type=int, default=reps, help="repetitions of every variant")
-    parser.add_argument("--budget", type=float, default=0, help="seconds after which no comparison is started")
-    parser.add_argument("--append", action="store_true", help="add rows to the file instead of starting it anew")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the script work?")
-    return parser
-
-
-def on_ranks(run_rank: Callable[[int, str, argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """run_rank(rank, store, args) in args.ranks processes, this one if it is one; store is where they meet."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        if args.ranks == 1:
-            run_rank(0, store, args)
-        else:
-            torch.multiprocessing.spawn(run_rank, (store, args), nprocs=args.ranks)
-
-
-def results_path(args: argparse.Namespace, script: str) -> Path:
-    """<out>/<script>-<machine>.csv"""
-    return Path(args.out) / f"{script}-{args.machine or machine_slug(torch.device(args.device))}.csv"
+def by_key(times: Mapping[Any, list[float]]) -> Times:
+    """Those of samplers that are named (variant, pass) and have one pass each."""
+    return {key: seconds for (key, _), seconds in times.items()}

@@ -24,18 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from benchmarks.harness import (
-    ENVIRONMENT,
-    Budget,
-    Results,
-    Sample,
-    arguments,
-    environment,
-    interleave,
-    ratio,
-    results_path,
-    summarize,
-)
+from benchmarks.harness import Benchmark, Key, Sample, by_key, interleave
+from benchmarks.options import TIMING, parsed, parser
+from benchmarks.resilience import Budget
+from benchmarks.shapes import Plan
+from benchmarks.tables import ENVIRONMENT
 from syncbn import backends
 from tests.support import stub_device
 
@@ -51,56 +44,38 @@ QUEUE = 50
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__, reps=600)
-    parser.add_argument("--stubbed", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.reps = min(args.reps, 5)
+    own = parser(__doc__, *TIMING, script="host", reps=600, threads=1)
+    own.add_argument("--stubbed", action="store_true", help=argparse.SUPPRESS)
+    args = parsed(own, argv, smoke_reps=5)
     if args.device == "cuda" or args.stubbed:
-        run(args)
+        plans = [Plan(shape, "bfloat16", "channels_last") for shape in SHAPES]
+        Benchmark(args, COLUMNS, plans if args.device == "cuda" else plans[:1], measure).run()
         return
     if reason := stub_device.why_not():
         raise SystemExit(f"Without a GPU this {reason}.")
     with tempfile.TemporaryDirectory() as folder:
         given = {**os.environ, **stub_device.build(Path(folder))}
-        command = [sys.executable, "-m", "benchmarks.host", "--stubbed", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "benchmarks.host", "--stubbed", *args.given]
         raise SystemExit(subprocess.run(command, env=given, check=False).returncode)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Every shape that the budget allows."""
-    device = torch.device(args.device)
-    torch.set_num_threads(1)
+def measure(plan: Plan, budget: Budget, benchmark: Benchmark) -> list[str]:
+    """Rows of one shape, in bfloat16 and channels last."""
+    device, args = benchmark.device, benchmark.args
     if args.stubbed:
         stub_device.install()
         stub_device.stub().watch(False)
-    results, budget = Results(results_path(args, "host"), COLUMNS, args.append), Budget(args.budget)
-    for shape in SHAPES if device.type == "cuda" else SHAPES[:1]:
-        if budget.spent():
-            print(f"out of time: skipped {shape}", file=sys.stderr)
-            break
-        measure(shape, device, args, results)
-
-
-def measure(shape: tuple[int, ...], device: torch.device, args: argparse.Namespace, results: Results) -> None:
-    """Rows of one shape, in bfloat16 and channels last."""
     torch.manual_seed(0)
-    x = torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(plan.shape, device=device).bfloat16().to(memory_format=torch.channels_last)
     makers = {"nn.BatchNorm": nn.BatchNorm2d, "syncbn": syncbn.SyncBatchNorm}
-    samplers: dict[str, Callable[[], Sample]] = {}
+    samplers: dict[Key, Callable[[], Sample]] = {}
     for name, make in makers.items():
         for phase, call in calls(make, x, "gpu" if args.stubbed and name == "syncbn" else None).items():
-            samplers[f"{name} {phase}"] = partial(timed, call, device)
+            samplers[name, phase] = partial(timed, call, device, STACK if phase == "stack" else 1)
     times = interleave(samplers, args.reps, warmup=min(50, args.reps))
-    summaries = {name: summarize(seconds) for (name, _), seconds in times.items()}
-    where = environment(args.machine, device)
-    for name, (median, p20, p80, reps) in summaries.items():
-        variant, phase = name.rsplit(" ", 1)
-        each = STACK if phase == "stack" else 1
-        row: dict[str, Any] = {**where, "driver": "stub" if args.stubbed else "cuda", "variant": variant, "pass": phase}
-        row |= {"shape": "x".join(map(str, shape)), "layout": "channels_last", "dtype": "bfloat16", "reps": reps}
-        row |= {key: 1e3 * ms / each for key, ms in (("us", median), ("us_p20", p20), ("us_p80", p80))}
-        results.add({**row, "over_bn": ratio(summaries[name], summaries[f"nn.BatchNorm {phase}"])})
+    shared = {**benchmark.environment(plan), "driver": "stub" if args.stubbed else "cuda", **plan.columns()}
+    benchmark.write(shared, by_key(times), {"over_bn": "nn.BatchNorm"}, "pass", "us")
+    return []
 
 
 def calls(make: Callable[[int], nn.Module], x: Tensor, backend: str | None) -> dict[str, Callable[[], None]]:
@@ -136,15 +111,15 @@ def calls(make: Callable[[int], nn.Module], x: Tensor, backend: str | None) -> d
 _since_wait = 0
 
 
-def timed(call: Callable[[], None], device: torch.device) -> Sample:
-    """Seconds of one call on the host."""
+def timed(call: Callable[[], None], device: torch.device, layers: int) -> Sample:
+    """Seconds of one call on the host, by layer."""
     global _since_wait
     _since_wait += 1
     if device.type == "cuda" and _since_wait % QUEUE == 0:
         torch.cuda.synchronize()
     start = time.perf_counter()
     call()
-    return {"": time.perf_counter() - start}
+    return {"": (time.perf_counter() - start) / layers}
 
 
 if __name__ == "__main__":

@@ -4,34 +4,61 @@ import argparse
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-
-from benchmarks.harness import Budget
+import torch.distributed as dist
 
 PATIENCE = 45
 """Seconds after which a comparison on a device counts as hanging."""
 COMPILER_PATIENCE = 240
+DAY = 86400
 START_SECONDS = 15
 """A new process is not worth while with less left: it would import torch and end."""
 MOST_SHOWN = 20
 
 Job = TypeVar("Job")
+T = TypeVar("T")
 
 
 class DeviceLost(Exception):
     """A CUDA error after which every later call of this process fails."""
 
 
-def parsed(parser: argparse.ArgumentParser, argv: list[str] | None, script: str) -> argparse.Namespace:
-    """The options of a script that goes `through` its comparisons."""
-    parser.add_argument("--skip", type=int, default=0, help="comparisons left out at the beginning")
-    args = parser.parse_args(argv)
-    args.script, args.given = script, list(sys.argv[1:] if argv is None else argv)
-    return args
+class Budget:
+    """Wall-clock seconds that a script may use; 0 is no limit."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds if seconds > 0 else float("inf")
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def spent(self) -> bool:
+        return self.left() <= 0
+
+
+def ranks() -> int:
+    """Processes that wait for one another."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agreed(flag: bool) -> bool:
+    """Whether it holds on any rank."""
+    if ranks() == 1:
+        return flag
+    t = torch.tensor(float(flag))
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return bool(t)
+
+
+def say(text: str) -> None:
+    """On standard error, by the first rank for all."""
+    if ranks() == 1 or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def works(device: torch.device) -> bool:
@@ -47,13 +74,25 @@ def works(device: torch.device) -> bool:
 
 def report(what: str, problem: BaseException, device: torch.device) -> str:
     """What went wrong, printed at once; raises DeviceLost if nothing can be right or timed any more."""
-    lines = str(problem).strip().splitlines() or [""]
     kind = "" if isinstance(problem, AssertionError) else f"{type(problem).__name__}: "
-    text = f"{what}: {kind}{' '.join(lines[:3])}"
+    text = f"{what}: {kind}{' '.join(str(problem).strip().splitlines()[:3])}"
     print(f"NOT TIMED: {text}", file=sys.stderr, flush=True)
     if not works(device):
         raise DeviceLost(text) from problem
     return text
+
+
+def attempt(what: str, work: Callable[[], T], device: torch.device, failures: list[str]) -> T | None:
+    """work's result; None, and one more of the failures, if it raises, unless other ranks wait for this one."""
+    try:
+        return work()
+    except DeviceLost:
+        raise
+    except Exception as problem:  # whatever it is, out of memory, say: the others are still to be timed
+        if ranks() > 1:
+            raise
+        failures.append(report(what, problem, device))
+        return None
 
 
 def through(
@@ -72,35 +111,28 @@ def through(
     if args.skip and not works(device):
         raise SystemExit("The device is lost for a new process, too.")
     for at, job in enumerate(jobs[args.skip :], args.skip):
-        if budget.spent():
-            print(f"out of time: {len(jobs) - at} of {len(jobs)} comparisons skipped", file=sys.stderr, flush=True)
+        if agreed(budget.spent()):
+            say(f"out of time: {len(jobs) - at} of {len(jobs)} comparisons skipped")
             break
         go_on = partial(_go_on, args, at + 1, budget)
         watch = _watch(partial(go_on, f"{job}: no end in {patience} s"), patience, device)
         try:
-            failures += [new for new in _attempt(job, work, budget, device) if new not in failures]
+            found: list[str] = []
+            found += attempt(str(job), partial(work, job, budget), device, found) or []
+            failures += [new for new in found if new not in failures]
         except DeviceLost as lost:
             go_on(str(lost))
         finally:
             watch.cancel()
-        print(f"{job}: done", file=sys.stderr, flush=True)
+        say(f"{job}: done")
     if failures or args.skip:
         more = [f"and {len(failures) - MOST_SHOWN} more"] if len(failures) > MOST_SHOWN else []
         raise SystemExit("\n".join([*failures[:MOST_SHOWN], *more]) or "An earlier process lost the device: see above.")
 
 
-def _attempt(job: Job, work: Callable[[Job, Budget], list[str]], budget: Budget, device: torch.device) -> list[str]:
-    try:
-        return work(job, budget)
-    except DeviceLost:
-        raise
-    except Exception as problem:  # out of memory, say: the next job is another
-        return [report(str(job), problem, device)]
-
-
 def _watch(act: Callable[[], Any], patience: float, device: torch.device) -> threading.Timer:
     """A clock that acts unless it is cancelled; on CPU, where nothing hangs, after a day."""
-    watch = threading.Timer(patience if device.type == "cuda" else 86400, act)
+    watch = threading.Timer(patience if device.type == "cuda" else DAY, act)
     watch.daemon = True
     watch.start()
     return watch

@@ -7,7 +7,6 @@ is in its 3×3 convolution, as in common implementations.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,13 +110,6 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.max_pool2d(self.norm(self.conv(x)), 3, 2, 1)
         return self.head(self.blocks(y).mean((2, 3)))
-
-
-def build(name: str, small: bool = False) -> ResNet50:
-    """The model with one of `NORMS`; the same weights for every name."""
-    torch.manual_seed(0)
-    shape = {"classes": 10, "width": 8, "blocks": (1, 1, 1, 1)} if small else {}
-    return ResNet50(NORMS[name], **shape)
 
 
 def _conv(channels: int, out: int, size: int, stride: int = 1) -> nn.Conv2d:

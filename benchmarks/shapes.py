@@ -33,12 +33,29 @@ class Plan(NamedTuple):
     layout: str
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+        return " ".join(self.columns().values())
+
+    def columns(self) -> dict[str, str]:
+        """Those of a row."""
+        return {"shape": shown(self.shape), "dtype": self.dtype, "layout": self.layout}
 
 
-def has_channels_last(shape: Shape) -> bool:
-    """Whether torch has a channels-last memory format for this rank."""
-    return len(shape) in (4, 5)
+class LayerCall(NamedTuple):
+    """One comparison of layers: bn, or bn_add_relu, y = relu(bn(x) + residual)."""
+
+    plan: Plan
+    op: str
+
+    def __str__(self) -> str:
+        return f"{self.plan} {self.op}"
+
+    @property
+    def fused(self) -> bool:
+        return self.op == "bn_add_relu"
+
+
+def shown(shape: Shape) -> str:
+    return "x".join(map(str, shape))
 
 
 def in_layout(t: Tensor, layout: str) -> Tensor:
@@ -48,16 +65,17 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d)
 
 
-def cpu_plans(smoke: bool = False) -> list[tuple[Plan, str]]:
-    """(plan, op): every shape and layout in float32, then the first shape in bfloat16 and fused."""
+def cpu_plans(smoke: bool = False) -> list[LayerCall]:
+    """Every shape and layout in float32, then the first shape in bfloat16 and fused."""
     shapes = SMOKE_SHAPES if smoke else CPU_SHAPES
-    plans = [(Plan(shape, "float32", layout), "bn") for shape in shapes for layout in layouts_of(shape)]
-    plans += [(Plan(shapes[0], "bfloat16", layout), "bn") for layout in layouts_of(shapes[0])]
-    return plans + [(Plan(shapes[0], "float32", layout), "bn_add_relu") for layout in layouts_of(shapes[0])]
+    calls = [(shape, "float32", "bn") for shape in shapes]
+    calls += [(shapes[0], "bfloat16", "bn"), (shapes[0], "float32", "bn_add_relu")]
+    return [LayerCall(Plan(shape, dtype, at), op) for shape, dtype, op in calls for at in layouts_of(shape)]
 
 
 def layouts_of(shape: Shape) -> tuple[str, ...]:
-    return LAYOUTS if has_channels_last(shape) else LAYOUTS[:1]
+    """torch has a channels-last memory format for (N, C, H, W) and (N, C, D, H, W) only."""
+    return LAYOUTS if len(shape) in (4, 5) else LAYOUTS[:1]
 
 
 RESNET50_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
@@ -114,14 +132,13 @@ def gpu_plans(smoke: bool = False) -> list[Plan]:
     return [plan for dtype in ("bfloat16", "float16", "float32") for plan in _plans(gpu_shapes(), dtype)]
 
 
-def layer_plans(smoke: bool = False) -> list[tuple[Plan, str]]:
-    """(plan, op): small inputs, where the host's time counts, one large, fused float16; then as `gpu_plans`."""
-    first: list[tuple[Plan, str]] = []
-    if not smoke:
-        first += [(plan, op) for plan in _plans(LAYER_FIRST, "bfloat16") for op in OPS]
-        first += [(plan, OPS[0]) for plan in _plans(LAYER_HALF, "float16")]
-        first += [(plan, op) for plan in _plans(LAYER_NEXT, "bfloat16") for op in OPS]
-    return list(dict.fromkeys([*first, *((plan, op) for plan in gpu_plans(smoke) for op in OPS)]))
+def layer_plans(smoke: bool = False) -> list[LayerCall]:
+    """Small inputs, where the host's time counts, one large, fused float16; then as `gpu_plans`."""
+    first = [] if smoke else [(plan, OPS) for plan in _plans(LAYER_FIRST, "bfloat16")]
+    first += [] if smoke else [(plan, OPS[:1]) for plan in _plans(LAYER_HALF, "float16")]
+    first += [] if smoke else [(plan, OPS) for plan in _plans(LAYER_NEXT, "bfloat16")]
+    every = [*first, *((plan, OPS) for plan in gpu_plans(smoke))]
+    return list(dict.fromkeys(LayerCall(plan, op) for plan, ops in every for op in ops))
 
 
 def _plans(shapes: Iterable[Shape], dtype: str) -> list[Plan]:

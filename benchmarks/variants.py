@@ -4,6 +4,7 @@ Every one is a training call with running statistics, momentum 0.1 and float32 p
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import syncbn
-from benchmarks.checking import EPS, Case
-from benchmarks.resnet import FORCED, allow_forced
+from benchmarks.checking import EPS, Case, check, make_case, oracle
+from benchmarks.resilience import attempt, ranks
+from benchmarks.shapes import LayerCall
 
 MOMENTUM = 0.1
 
@@ -46,11 +48,14 @@ def variant(
     return Variant(name, lambda given: apply(given.x, given.residual), backward, scope, is_ours)
 
 
-def batch_norm(case: Case, fused: bool = False) -> Apply:
-    """nn.BatchNorm*d, then + residual and ReLU if fused: what one writes without this library."""
-    by_rank = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    layer = _with_parameters(by_rank[case.x.ndim](case.x.shape[1], eps=EPS, momentum=MOMENTUM), case)
-    return _then_add_relu(layer, fused)
+BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def batch_norm(case: Case, fused: bool = False, made: type[nn.Module] | None = None) -> Apply:
+    """nn.BatchNorm*d, or another, then + residual and ReLU if fused: what one writes without this library."""
+    made = made or BY_RANK[case.x.ndim]
+    layer = _with_parameters(made(case.x.shape[1], eps=EPS, momentum=MOMENTUM), case)
+    return (lambda x, residual: F.relu(layer(x) + residual)) if fused else (lambda x, _: layer(x))
 
 
 def compiled_batch_norm(case: Case, fused: bool = False) -> Apply:
@@ -59,51 +64,18 @@ def compiled_batch_norm(case: Case, fused: bool = False) -> Apply:
     return torch.compile(batch_norm(case, fused), dynamic=False, backend=backend)
 
 
-def ours(case: Case, group: dist.ProcessGroup | None = None, fused: bool = False) -> Apply:
-    """syncbn.SyncBatchNorm over group; residual and ReLU inside it."""
-    layer = syncbn.SyncBatchNorm(
-        case.x.shape[1], EPS, MOMENTUM, process_group=group, activation="relu" if fused else None
-    )
+def ours(
+    case: Case, group: Any = None, fused: bool = False, made: type[syncbn.SyncBatchNorm] = syncbn.SyncBatchNorm
+) -> Apply:
+    """syncbn.SyncBatchNorm over group, or one derived from it; residual and ReLU inside it."""
+    activation = "relu" if fused else None
+    layer = made(case.x.shape[1], EPS, MOMENTUM, process_group=group, activation=activation)
     return _with_parameters(layer, case)
 
 
-def ours_forced(case: Case, fused: bool = False) -> Apply:
-    """Ours with its collectives issued even though the default group has one rank, as `torch_sync_forced` does."""
-    channels, like = case.x.shape[1], case.weight.detach()
-    statistics, counter = (like.new_zeros(channels), like.new_ones(channels)), _counter(like)
-    activation = "relu" if fused else None
-    allow_forced()
-
-    def apply(x: Tensor, residual: Tensor | None) -> Tensor:
-        given = (*statistics, case.weight, case.bias, True, MOMENTUM, EPS, FORCED)
-        return syncbn.functional.sync_batch_norm(
-            x, *given, residual=residual, activation=activation, num_batches_tracked=counter
-        )
-
-    return apply
-
-
-def torch_sync_forced(case: Case, fused: bool = False) -> Apply:
-    """nn.SyncBatchNorm's synchronized path, its all_gather included, on a group of one; CUDA only.
-
-    The module itself would fall back to F.batch_norm there; its steps around the autograd function are repeated.
-    """
-    from torch.nn.modules._functions import SyncBatchNorm
-
-    channels, like = case.x.shape[1], case.weight.detach()
-    mean, var, counter = like.new_zeros(channels), like.new_ones(channels), _counter(like)
-
-    def apply(x: Tensor) -> Tensor:
-        counter.add_(1)
-        y: Tensor = SyncBatchNorm.apply(x, case.weight, case.bias, mean, var, EPS, MOMENTUM, dist.group.WORLD, 1)
-        return y
-
-    return _then_add_relu(apply, fused)
-
-
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks; the gradient is the sum of the ranks' gradients. As in torch.distributed.nn.functional,
-    whose all_reduce is deprecated since torch 2.13."""
+    """The sum over all ranks, and so is its gradient. As in torch.distributed.nn.functional, whose all_reduce is
+    deprecated since torch 2.13."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -111,11 +83,7 @@ class AllReduce(torch.autograd.Function):
         dist.all_reduce(t)
         return t
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+    backward = forward
 
 
 def naive_sync(case: Case) -> Apply:
@@ -159,11 +127,22 @@ def _with_parameters(layer: nn.Module, case: Case) -> nn.Module:
     return layer
 
 
-def _then_add_relu(layer: Callable[[Tensor], Tensor], fused: bool) -> Apply:
-    if fused:
-        return lambda x, residual: F.relu(layer(x) + residual)
-    return lambda x, residual: layer(x)
-
-
-def _counter(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=like.device)
+def right_ones(
+    call: LayerCall, case: Case, entrants: list[Variant], rank: int = 0
+) -> tuple[list[Variant], dict[str, float], list[str]]:
+    """Those with a right output or nothing to check, the errors measured, and what was wrong with the others."""
+    expected = {"local": oracle([case], 0, call.fused)}
+    if any(v.scope == "global" for v in entrants):
+        everyone = [make_case(call.plan, case.x.device, r, call.fused) for r in range(ranks())]
+        everyone[rank] = case
+        expected["global"] = oracle(everyone, rank, call.fused)
+    right, errors, refused = list[Variant](), dict[str, float](), list[str]()
+    for v in entrants:
+        if v.scope is not None:
+            passes = partial(v.forward, case), partial(v.backward, case)
+            work = partial(check, v.name, *passes, expected[v.scope], v.is_ours)
+            if (off := attempt(f"{call}: {v.name}", work, case.x.device, refused)) is None:
+                continue
+            errors[v.name] = off
+        right.append(v)
+    return right, errors, refused

@@ -1,6 +1,7 @@
 """The house's plan: arrows, light import, public names, back-end signatures, sizes."""
 
 import ast
+import graphlib
 import inspect
 import re
 import shutil
@@ -163,6 +164,43 @@ def test_nothing_outgrows_its_limit(path: Path) -> None:
                 length = node.end_lineno - node.body[0].end_lineno
             limit = 80 if any("jit" in ast.unparse(d) for d in node.decorator_list) else 40
             assert length <= limit, f"{node.name} has {length} lines"
+
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.name)
+def test_a_file_of_the_benchmarks_is_short(path: Path) -> None:
+    """150 lines at most."""
+    assert len(path.read_text().splitlines()) <= 150
+
+
+def circle(paths: list[Path]) -> list[str]:
+    """Files of benchmarks/ that import one another in a circle, inside of functions too; empty without one."""
+    names = {path.stem for path in paths}
+    graph = {}
+    for path in paths:
+        parts = [name.split(".") for name in imports_of(path)]
+        graph[path.stem] = {part[1] for part in parts if part[0] == "benchmarks" and part[1:]} & names
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_benchmark_imports_itself_through_others() -> None:
+    """The files of benchmarks/ have an order in which each imports earlier ones only."""
+    assert circle(BENCHMARKS) == []
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
+    """Also where one of the imports is in a function, as between layer.py and layer_gpu.py once."""
+    layer, layer_gpu = tmp_path / "layer.py", tmp_path / "layer_gpu.py"
+    layer.write_text("def main():\n    from benchmarks import layer_gpu\n")
+    layer_gpu.write_text("import benchmarks.harness\nfrom benchmarks.layer import COLUMNS, write\n")
+    assert set(circle([layer, layer_gpu])) == {"layer", "layer_gpu"}
+    assert circle([layer_gpu]) == []
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "backends" / "native").glob("*.[ch]")), ids=lambda p: p.name)

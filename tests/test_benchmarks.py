@@ -10,7 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compile, every_kernel, harness, host, kernels, layer, resnet, shapes, step, variants, wire
+from benchmarks import (
+    compile,
+    compile_models,
+    every_kernel,
+    harness,
+    host,
+    kernels,
+    layer,
+    machine,
+    resnet,
+    resources,
+    shapes,
+    step,
+    tables,
+    variants,
+    wire,
+)
 from benchmarks.checking import check, make_case, oracle
 from benchmarks.shapes import Plan
 from tests.support.cpu_backends import ON_CPU
@@ -26,11 +42,11 @@ DTYPE_ORDER = ["bfloat16", "float16", "float32"].index
 def test_summary() -> None:
     """Median and 20th and 80th percentile are those of all repetitions, in milliseconds."""
     seconds = [0.005, 0.001, 0.004, 0.002, 0.003, 0.006]
-    median, p20, p80, reps = harness.summarize(seconds)
+    median, p20, p80, reps = tables.summarize(seconds)
     assert (median, reps) == (pytest.approx(3.5), 6)
     expected = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.8])) * 1e3
     assert [p20, p80] == pytest.approx(expected.tolist())
-    assert harness.summarize([0.002]) == (2.0, 2.0, 2.0, 1)
+    assert tables.summarize([0.002]) == (2.0, 2.0, 2.0, 1)
 
 
 def test_interleave_takes_turns() -> None:
@@ -51,37 +67,37 @@ def test_interleave_takes_turns() -> None:
 def test_results_are_whole_after_every_row(tmp_path: Path) -> None:
     """A row is in the file at once; one with other columns is refused, and so is appending to other columns."""
     path = tmp_path / "deep" / "r.csv"
-    results = harness.Results(path, ("a", "b"))
+    results = tables.Results(path, ("a", "b"))
     results.add({"b": 1.23456, "a": "x, y"})
-    assert harness.read_rows(path) == [{"a": "x, y", "b": "1.235"}]
+    assert tables.read_rows(path) == [{"a": "x, y", "b": "1.235"}]
     with pytest.raises(ValueError, match="is in one only"):
         results.add({"a": 1})
-    more = harness.Results(path, ("a", "b"), append=True)
+    more = tables.Results(path, ("a", "b"), append=True)
     row = more.add({"a": 2, "b": ""})
-    assert harness.read_rows(path) == [{"a": "x, y", "b": "1.235"}, {"a": "2", "b": ""}]
+    assert tables.read_rows(path) == [{"a": "x, y", "b": "1.235"}, {"a": "2", "b": ""}]
     more.add({"a": 4, "b": 5})
     more.amend(row, {"b": 3.0})
-    assert [row["b"] for row in harness.read_rows(path)] == ["1.235", "3", "5"]
+    assert [row["b"] for row in tables.read_rows(path)] == ["1.235", "3", "5"]
     assert [each.name for each in path.parent.iterdir()] == ["r.csv"]
     with pytest.raises(ValueError, match="Write to another file"):
-        harness.Results(path, ("a", "c"), append=True)
+        tables.Results(path, ("a", "c"), append=True)
 
 
 def test_environment_says_where_and_with_what() -> None:
     """The environment of a row fills its columns; a machine may be named."""
-    row = harness.environment(None, CPU, ranks=2)
-    assert tuple(row) == harness.ENVIRONMENT
+    row = machine.environment(None, CPU, ranks=2)
+    assert tuple(row) == tables.ENVIRONMENT
     assert row["torch"] == torch.__version__
     assert row["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"[a-z0-9-]+", row["machine"])
-    assert harness.environment("here", CPU)["machine"] == "here"
+    assert machine.environment("here", CPU)["machine"] == "here"
 
 
 def test_commit_is_git_s_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit is a short hash, marked when dirty; where there is no repository it can be given."""
-    assert re.fullmatch(r"[0-9a-f]{10}(\+dirty)?|unknown", harness.commit.__wrapped__())
+    assert re.fullmatch(r"[0-9a-f]{10}(\+dirty)?|unknown", machine.commit.__wrapped__())
     monkeypatch.setenv("COMMIT", "abc")
-    assert harness.commit.__wrapped__() == "abc"
+    assert machine.commit.__wrapped__() == "abc"
 
 
 Backward = Callable[[Tensor], tuple[Tensor, ...]]
@@ -170,7 +186,7 @@ def test_wire_ring_bytes() -> None:
 
 def test_wire_file_is_what_is_counted_now() -> None:
     """The committed rows of 2 and 256 ranks are what the code issues today."""
-    committed = harness.read_rows(harness.RESULTS / "wire.csv")
+    committed = tables.read_rows(tables.RESULTS / "wire.csv")
     assert {int(row["world_size"]) for row in committed} == set(wire.WORLD_SIZES)
     channels = [shape[1] for shape in shapes.resnet50_norms(1)]
     for world_size in (2, 256):
@@ -232,23 +248,23 @@ def test_tally_counts_the_step_only() -> None:
     events = [("cudaLaunchKernel", 0.0, 1.0), ("the step", 2.0, 9.0), ("cudaLaunchKernel", 3.0, 4.0)]
     events += [("cuLaunchKernelEx", 4.0, 5.0), ("cudaStreamSynchronize", 5.0, 8.0), ("aten::add", 5.0, 6.0)]
     events += [("cudaDeviceSynchronize", 10.0, 11.0)]
-    assert step.tally(events) == {"launches": 2, "host_syncs": 1}
+    assert resources.tally(events) == {"launches": 2, "host_syncs": 1}
 
 
 def test_generated_calls_are_counted_in_a_wrapper() -> None:
     """Calls of generated C++ and Triton kernels count; their definitions, convolutions and collectives do not."""
     code = "cpp_fused_add_0 = async_compile.cpp()\n    cpp_fused_add_0(a, b)\n        triton_poi_1.run(a, grid)\n"
     code += "    buf = extern_kernels.convolution(a)\n    torch.ops._c10d_functional.all_reduce_.default(buf)\n"
-    assert compile.generated_calls(code) == 2
+    assert compile_models.generated_calls(code) == 2
 
 
 def test_every_results_file_parses() -> None:
     """Each committed file has the columns of its script, at least one row, and positive times."""
-    ours = [path for path in harness.RESULTS.glob("*.csv") if path.stem.partition("-")[0] in COLUMNS]
+    ours = [path for path in tables.RESULTS.glob("*.csv") if path.stem.partition("-")[0] in COLUMNS]
     assert ours, "wire.csv at least is committed"
     for path in ours:
-        harness.check_columns(path, COLUMNS[path.stem.partition("-")[0]])
-        rows = harness.read_rows(path)
+        tables.check_columns(path, COLUMNS[path.stem.partition("-")[0]])
+        rows = tables.read_rows(path)
         assert rows, path
         assert all(float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"]) for row in rows if "ms" in row), (
             path
@@ -259,4 +275,4 @@ def test_every_results_file_parses() -> None:
 def test_cited_results_exist(page: str) -> None:
     """A results file or picture that a page names is in the repository."""
     for name in re.findall(r"results/([\w.-]+\.(?:csv|svg|png))", (ROOT / page).read_text()):
-        assert (harness.RESULTS / name).exists(), f"{page} cites {name}"
+        assert (tables.RESULTS / name).exists(), f"{page} cites {name}"

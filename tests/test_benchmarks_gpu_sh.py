@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, host, kernels, step
+from benchmarks import host, kernels, step, tables
 from tests.support import stub_device
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_what_fails_or_hangs_costs_the_others_nothing(tmp_path: Path) -> None:
     assert "=== precompile: exit status 3" in run.log
     assert "=== layer: exit status 124" in run.log
     assert "not clean: precompile layer step" in run.log
-    rows = harness.read_rows(run.out / "parts-here.csv")
+    rows = tables.read_rows(run.out / "parts-here.csv")
     assert {row["part"]: row["status"] for row in rows} == {
         "precompile": "3",
         "kernels": "0",
@@ -153,7 +153,7 @@ def test_sanitizers_and_profiler_are_used_where_they_are(tmp_path: Path) -> None
         (tools / name).chmod(0o755)
     run = Run(tmp_path, "memcheck:20", "racecheck", "ncu", PATH=f"{tools}:{os.environ['PATH']}")
     assert run.status == 0, run.log
-    parts = [(row["part"], row["status"]) for row in harness.read_rows(run.out / "parts-here.csv")]
+    parts = [(row["part"], row["status"]) for row in tables.read_rows(run.out / "parts-here.csv")]
     assert parts == [("memcheck", "0"), ("racecheck", "0"), ("ncu", "0")]
     for tool, half in (("memcheck", 10), ("racecheck", 25)):
         (said,) = [line for line in run.log.splitlines() if line.startswith(f"{tools}/") and f"--tool {tool}" in line]
@@ -214,7 +214,7 @@ def test_everything_runs_without_a_gpu(smoke: tuple[subprocess.CompletedProcess[
         ["log.txt", *(f"{name}-here.csv" for name in (*WRITTEN, "parts"))]
     )
     assert (out / "log.txt").read_text() == done.stdout
-    parts = {row["part"]: row["status"] for row in harness.read_rows(out / "parts-here.csv")}
+    parts = {row["part"]: row["status"] for row in tables.read_rows(out / "parts-here.csv")}
     assert set(parts.values()) == {"0"}
     assert ("unwatched" in parts) == ("no compute-sanitizer" in done.stdout) == ("memcheck" not in parts)
 
@@ -224,7 +224,7 @@ def test_rows_are_written(script: str, smoke: tuple[subprocess.CompletedProcess[
     """Each script's file has its columns, a row for each variant, and times that are positive."""
     columns, names = WRITTEN[script]
     path = smoke[1] / f"{script}-here.csv"
-    harness.check_columns(path, columns)
-    rows = harness.read_rows(path)
+    tables.check_columns(path, columns)
+    rows = tables.read_rows(path)
     assert {row["variant"] for row in rows} == names
     assert all(float(row["ms"]) > 0 and row["commit"] and row["machine"] == "here" for row in rows)

@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks import kernels, precompile, shapes
+from benchmarks import expected_calls, precompile, shapes, verbs
 from benchmarks.checking import Case as Tensors
-from benchmarks.harness import Budget
+from benchmarks.resilience import Budget
 from benchmarks.shapes import DTYPES, Plan
 from syncbn import backends
 from syncbn.autograd import NormalizeBatch, Options
@@ -63,11 +63,11 @@ def without_storage(plan: Plan, fused: bool) -> Tensors:
     return Tensors(like_x().requires_grad_(), like_x(), weight, bias, like_x().requires_grad_() if fused else None)
 
 
-def ahead(calls: list[precompile.Call], plan: Plan, fused: bool) -> set[precompile.Job]:
+def ahead(calls: list[expected_calls.Call], plan: Plan, fused: bool) -> set[precompile.Job]:
     """What is compiled for one comparison of a script."""
     wanted = (plan.shape, DTYPES[plan.dtype], plan.layout, fused)
     chosen = [call for call in calls if (*call[:3], call.residual) == wanted]
-    return {job for call in chosen for job in precompile.recorded(call)}
+    return {job for call in chosen for job in precompile.jobs_of(call)}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -78,13 +78,13 @@ def test_the_verbs_find_their_kernels(plan: Plan, fused: bool) -> None:
     case = Tensors(*(None if t is None else t.detach() for t in case))
     wide = torch.empty(2 * plan.shape[1] + 1, dtype=torch.float64, device="meta")
     mean = torch.empty(plan.shape[1], device="meta")
-    fixed = kernels.Fixed(wide, mean, mean, wide[:-1], wide[-1:], {})
+    fixed = verbs.Fixed(wide, mean, mean, wide[:-1], wide[-1:], {})
 
     def every_verb() -> None:
-        for verb in kernels.VERBS:
-            kernels.ours(verb, case, fixed).call(case)
+        for verb in verbs.VERBS:
+            verbs.ours(verb, case, fixed).call(case)
 
-    assert launched(every_verb) == ahead(list(precompile._kernels()), plan, fused)
+    assert launched(every_verb) == ahead(list(expected_calls._kernels()), plan, fused)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -92,7 +92,9 @@ def test_the_verbs_find_their_kernels(plan: Plan, fused: bool) -> None:
 def test_the_layer_finds_its_kernels(plan: Plan, fused: bool) -> None:
     """What a forward and backward of benchmarks/layer_gpu.py launches for a plan is compiled for it."""
     case = without_storage(plan, fused)
-    assert launched(lambda: step(*case, "relu" if fused else None)) == ahead(list(precompile._layers()), plan, fused)
+    assert launched(lambda: step(*case, "relu" if fused else None)) == ahead(
+        list(expected_calls._layers()), plan, fused
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +120,22 @@ def test_the_tests_find_their_kernels(
 
 def test_the_tests_shapes_are_known() -> None:
     """The shapes that are compiled for the tests are theirs."""
-    assert {*precompile.TEST_SHAPES, *precompile.MORE_TEST_SHAPES} == set(test_gpu_device.SHAPES)
+    assert {*expected_calls.TEST_SHAPES, *expected_calls.MORE_TEST_SHAPES} == set(test_gpu_device.SHAPES)
 
 
 def test_kernels_come_in_order_and_once() -> None:
     """The first benchmarks' first plans come first, no kernel comes twice, and every dtype and verb comes."""
     jobs = list(precompile.jobs(132))
     assert len(jobs) == len(set(jobs))
-    assert {job.name.removesuffix("_kernel") for job in jobs[:4]} == set(kernels.VERBS)
+    assert {job.name.removesuffix("_kernel") for job in jobs[:4]} == set(verbs.VERBS)
     first = shapes.gpu_plans()[0]
-    assert set(jobs[:4]) == ahead(list(precompile._kernels()), first, False)
+    assert set(jobs[:4]) == ahead(list(expected_calls._kernels()), first, False)
     assert {dtype for job in jobs for dtype in job.pointers} >= {*DTYPES.values(), torch.float64, torch.bool, None}
 
 
 def test_the_multiprocessors_are_the_device_s() -> None:
     """Plans are those of the device asked about."""
-    few = list(itertools.islice(precompile.calls(), 60))
+    few = list(itertools.islice(expected_calls.calls(), 60))
     jobs = {}
     for multiprocessors in (132, 8):
         with mock.patch.object(precompile, "calls", return_value=few), mock.patch.object(gpu, "_plans", Recent(64)):

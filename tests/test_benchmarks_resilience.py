@@ -13,9 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compile, device_timing, harness, kernels, layer_gpu, resilience, step
-from benchmarks.checking import Case, hold
+from benchmarks import (
+    compile,
+    device_memory,
+    device_timing,
+    kernels,
+    resilience,
+    resources,
+    step,
+    tables,
+    variants,
+    verbs,
+)
+from benchmarks.checking import Case, hold, make_case
 from benchmarks.resilience import report, through
+from benchmarks.resnet import ResNet50
+from benchmarks.shapes import LayerCall, Plan
+from benchmarks.training import Setting
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,7 +43,7 @@ def test_an_exception_costs_one_comparison(capsys: pytest.CaptureFixture[str]) -
     """The others are measured, what was wrong is said at once, and once more in the end, which is a failure."""
     done = []
 
-    def work(job: str, budget: harness.Budget) -> list[str]:
+    def work(job: str, budget: resilience.Budget) -> list[str]:
         if job == "b":
             raise KeyError("none of them\nwith\nmany\nlines")
         done.append(job)
@@ -71,7 +85,7 @@ def test_a_lost_device_is_left_to_a_new_process(
     monkeypatch.setattr(resilience, "works", lambda device: False)
     done = []
 
-    def work(job: str, budget: harness.Budget) -> list[str]:
+    def work(job: str, budget: resilience.Budget) -> list[str]:
         done.append(job)
         return [report(f"{job}: a verb", RuntimeError("illegal memory access"), CPU)] if job == "b" else []
 
@@ -120,7 +134,7 @@ def test_the_new_process_writes_the_other_rows(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOST.format(options=given)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    rows = harness.read_rows(tmp_path / "kernels-here.csv")
+    rows = tables.read_rows(tmp_path / "kernels-here.csv")
     assert {(row["shape"], row["epilogue"]) for row in rows} == {("16x12", "add_relu")}
 
 
@@ -153,7 +167,7 @@ def test_a_verb_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.Monk
     """A verb that raises has no row; one that cannot be captured has rows that say so; the others are as they were."""
     right, timer = kernels.ours, device_timing.timer
 
-    def ours(verb: str, case: Case, fixed: kernels.Fixed) -> kernels.Entrant:
+    def ours(verb: str, case: Case, fixed: verbs.Fixed) -> verbs.Entrant:
         if verb == "normalize":
             raise NotImplementedError("no such kernel")
         return right(verb, case, fixed)
@@ -169,39 +183,41 @@ def test_a_verb_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(device_timing, "samplers", lambda makers, _, what, device: samplers(makers, True, what, device))
     with pytest.raises(SystemExit, match="normalize, ours: NotImplementedError"):
         kernels.main(smoke(tmp_path, "--only", "16x12"))
-    rows = harness.read_rows(tmp_path / "kernels-here.csv")
+    rows = tables.read_rows(tmp_path / "kernels-here.csv")
     ours_in = {(row["verb"], row["cache"]) for row in rows if row["variant"] == "syncbn"}
     caches = ("hot uncaptured", "cold uncaptured")
-    assert ours_in == {(verb, cache) for verb in kernels.VERBS if verb != "normalize" for cache in caches}
+    assert ours_in == {(verb, cache) for verb in verbs.VERBS if verb != "normalize" for cache in caches}
     assert {row["cache"] for row in rows if row["variant"] == "copy"} == {"hot", "cold"}
 
 
 def test_a_layer_that_fails_costs_itself() -> None:
     """A variant whose forward raises is left out, with the reason."""
-    case = kernels.make_case(kernels.Plan((4, 3), "float32", "contiguous"), CPU)
-    broken = layer_gpu.variants.variant("broken", lambda x, residual: {}["nothing"])
-    right = layer_gpu.variants.variant("right", layer_gpu.variants.batch_norm(case))
-    entrants, errors, refused = layer_gpu.right_ones("4x3", case, [broken, right], False)
+    call = LayerCall(Plan((4, 3), "float32", "contiguous"), "bn")
+    case = make_case(call.plan, CPU)
+    broken = variants.variant("broken", lambda x, residual: {}["nothing"])
+    right = variants.variant("right", variants.batch_norm(case))
+    entrants, errors, refused = variants.right_ones(call, case, [broken, right])
     assert ([v.name for v in entrants], list(errors)) == (["right"], ["right"])
-    assert refused == ["4x3: broken: KeyError: 'nothing'"]
+    assert refused == ["4x3 float32 contiguous bn: broken: KeyError: 'nothing'"]
 
 
 def test_a_model_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm that raises, and one that is wrong, have no row in step.py; the others have, and the script fails."""
-    outcome = step._outcome
+    check = step.check
 
-    def changed(name: str, dtype: torch.dtype, small: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def changed(setting: Setting, name: str, model: ResNet50, called: torch.nn.Module) -> tuple[float, float]:
         if name == "syncbn.fused":
             raise ValueError("no fused kernel")
-        logits, gradient = outcome(name, dtype, small, device)
-        return logits, 2 * gradient if name == "syncbn" else gradient
+        if name == "syncbn":
+            model.conv.weight.register_hook(lambda gradient: 2 * gradient)
+        return check(setting, name, model, called)
 
-    monkeypatch.setattr(step, "_outcome", changed)
+    monkeypatch.setattr(step, "check", changed)
     step.checked.cache_clear()
     with pytest.raises(SystemExit, match=r"syncbn: logits are off .*it is not timed.\nsyncbn.fused: ValueError"):
         step.main(smoke(tmp_path))
     step.checked.cache_clear()
-    rows = harness.read_rows(tmp_path / "step-here.csv")
+    rows = tables.read_rows(tmp_path / "step-here.csv")
     assert [row["variant"] for row in rows] == ["nn.BatchNorm", "syncbn.fused.forced"]
 
 
@@ -209,21 +225,20 @@ def test_a_profiler_that_fails_leaves_the_times(tmp_path: Path, monkeypatch: pyt
     """Times are in the file before a step is profiled, what it is found to cost is added to them."""
     path, seen = tmp_path / "step-here.csv", []
 
-    def resources(call: Callable[[], None]) -> dict[str, int]:
-        seen.append(len(harness.read_rows(path)))
+    def cost(call: Callable[[], None]) -> dict[str, int]:
+        seen.append(len(tables.read_rows(path)))
         if len(seen) == 2:
             raise RuntimeError("no profiler")
         return {"host_syncs": len(seen)}
 
-    monkeypatch.setattr(step, "resources", resources)
-    results = harness.Results(path, step.COLUMNS)
+    monkeypatch.setattr(resources, "cost", cost)
+    results = tables.Results(path, step.COLUMNS)
     rows = {name: results.add({**dict.fromkeys(step.COLUMNS, ""), "variant": name}) for name in "abc"}
-    setting = step.Setting(1, 32, "contiguous", True, CUDA)
     monkeypatch.setattr(resilience, "works", lambda device: True)
-    refused = step.add_resources(rows, dict.fromkeys("abc", print), setting, harness.Budget(0), results)
+    refused = resources.add_resources(rows, dict.fromkeys("abc", print), "eager", CUDA, resilience.Budget(0), results)
     assert seen == [3, 3, 3]
-    assert [row["host_syncs"] for row in harness.read_rows(path)] == ["1", "", "3"]
-    assert refused == ["eager batch 1 contiguous: resources of b: RuntimeError: no profiler"]
+    assert [row["host_syncs"] for row in tables.read_rows(path)] == ["1", "", "3"]
+    assert refused == ["eager: resources of b: RuntimeError: no profiler"]
 
 
 def test_compile_begins_with_what_needs_no_compiler() -> None:
@@ -258,7 +273,7 @@ def test_a_baseline_may_round_on_its_way(dtype: torch.dtype, off: float) -> None
 
 def test_a_cache_is_given_back_before_captures_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where the driver has too little left is the cache emptied, and what then is free decides."""
-    gigabyte, emptied = device_timing.GIGABYTE, []
+    gigabyte, emptied = device_memory.GIGABYTE, []
     free = {"now": 8 * gigabyte}
 
     def empty() -> None:
@@ -267,8 +282,8 @@ def test_a_cache_is_given_back_before_captures_need_it(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["now"], 80 * gigabyte))
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
-    assert device_timing.fits(6 * gigabyte, CUDA)
+    assert device_memory.fits(6 * gigabyte, CUDA)
     assert emptied == []
-    assert device_timing.fits(20 * gigabyte, CUDA)
+    assert device_memory.fits(20 * gigabyte, CUDA)
     assert emptied == [8 * gigabyte]
-    assert not device_timing.fits(30 * gigabyte, CUDA)
+    assert not device_memory.fits(30 * gigabyte, CUDA)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batch_size, compile, harness, kernels, layer, wire
+from benchmarks import batch_size, compile, kernels, layer, tables, wire
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -41,8 +41,8 @@ def test_script_writes_its_rows(name: str, tmp_path: Path) -> None:
     options += ["--smoke", "--device", "cpu", "--machine", "here", "--out", str(tmp_path)]
     run(sys.executable, "-m", f"benchmarks.{script}", *options)  # it starts ranks, or a compiler that warns
     path = tmp_path / f"{script}-here.csv"
-    harness.check_columns(path, columns)
-    rows = harness.read_rows(path)
+    tables.check_columns(path, columns)
+    rows = tables.read_rows(path)
     assert {row["variant"] for row in rows} == VARIANTS[name]
     assert all(float(row["ms"]) > 0 and row["commit"] and row["machine"] == "here" for row in rows)
     if name == "compile":
@@ -58,7 +58,7 @@ def test_wire_and_its_plot(tmp_path: Path) -> None:
     """wire.py writes two schemes, and a picture can be drawn of it."""
     plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
     wire.main(["--smoke", "--out", str(tmp_path)])
-    harness.check_columns(tmp_path / "wire.csv", wire.COLUMNS)
+    tables.check_columns(tmp_path / "wire.csv", wire.COLUMNS)
     plot.main([str(tmp_path / "wire.csv"), str(tmp_path / "wire.svg")])
     assert "<svg" in (tmp_path / "wire.svg").read_text()
 
@@ -68,7 +68,7 @@ def test_plots_of_timings(tmp_path: Path) -> None:
     plot = pytest.importorskip("benchmarks.plot", reason="matplotlib is optional")
     blank = {"ms": 2.0, "ms_p20": 1.0, "ms_p80": 3.0, "bytes": 100, "gigabytes_per_second": 1.0, "pass": "both"}
     for kind, columns in (("layer", layer.COLUMNS), ("kernels", kernels.COLUMNS)):
-        results = harness.Results(tmp_path / f"{kind}-here.csv", columns)
+        results = tables.Results(tmp_path / f"{kind}-here.csv", columns)
         for shape, variant in (("1x2", "copy"), ("1x2", "syncbn"), ("3x4", "copy")):
             row = {**dict.fromkeys(columns, "contiguous"), **blank, "shape": shape, "variant": variant}
             results.add({key: row[key] for key in columns})
@@ -103,8 +103,8 @@ def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "benchmarks.batch_size", *options)
     run(*command)
     path = tmp_path / "batch-size-here.csv"
-    harness.check_columns(path, batch_size.COLUMNS)
-    rows = harness.read_rows(path)
+    tables.check_columns(path, batch_size.COLUMNS)
+    rows = tables.read_rows(path)
     assert [row["norm"] for row in rows] == list(batch_size.NORMS)
     assert [bool(row["recomputed_accuracy"]) for row in rows] == [True, True, False, False]
     assert all(0 < float(row["accuracy"]) <= 1 for row in rows)
@@ -114,7 +114,7 @@ def test_batch_size_goes_on_where_it_stopped(tmp_path: Path) -> None:
         writer.writerows([rows[0] | {"epochs": "7"}, *rows[1:3]])
     plot.main([str(path), str(tmp_path / "sizes.png")])
     run(*command, "--append")
-    again = harness.read_rows(path)
+    again = tables.read_rows(path)
     assert [(row["norm"], row["epochs"]) for row in again[3:]] == [("batch", "1"), ("instance", "1")]
     assert again[1:3] == rows[1:3]
     plot.main([str(path), str(tmp_path / "sizes.png")])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compile, harness, host, kernels, layer, step, summary
+from benchmarks import compile, goals, host, kernels, layer, step, summary, tables
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"kernels": kernels, "layer": layer, "host": host, "step": step, "compile": compile}
@@ -21,7 +21,7 @@ BIG, BIGGER = "2x256x200x336", "8x256x128x256"
 def write(folder: Path, script: str, *rows: dict[str, Any]) -> None:
     """A file with these rows, empty in the columns that they do not name."""
     columns = SCRIPTS[script].COLUMNS
-    results = harness.Results(folder / f"{script}-here.csv", columns, append=True)
+    results = tables.Results(folder / f"{script}-here.csv", columns, append=True)
     for row in rows:
         results.add({**dict.fromkeys(columns, ""), "machine": "here", **row})
 
@@ -113,7 +113,7 @@ def test_what_is_to_be_clean_is_held_to_it(tmp_path: Path) -> None:
     path = tmp_path / "parts-here.csv"
     path.write_text("date,commit,machine,part,seconds,status\n2026-11-27,abc,here,host,12,124\n")
     assert found(tmp_path, "exit status").startswith("not measured")
-    path.write_text(path.read_text() + "".join(f"2026-11-27,abc,here,{part},9,0\n" for part in summary.WATCHED))
+    path.write_text(path.read_text() + "".join(f"2026-11-27,abc,here,{part},9,0\n" for part in goals.WATCHED))
     assert found(tmp_path, "exit status").startswith("met 0 ≤ 0")
     path.write_text(path.read_text() + "2026-11-27,abc,here,racecheck,9,9\n")
     assert found(tmp_path, "exit status") == (
@@ -125,12 +125,12 @@ def test_it_is_short_and_counts(tmp_path: Path) -> None:
     """With no file at all, and with one, it is at most two dozen lines, of which the first counts the others."""
     lines = summary.summary(tmp_path)
     assert len(lines) <= 24
-    assert lines[0].startswith(f"goals: 0 met, 0 missed, {len(summary.GOALS)} not measured; rows: kernels 0, layer 0")
+    assert lines[0].startswith(f"goals: 0 met, 0 missed, {len(goals.GOALS)} not measured; rows: kernels 0, layer 0")
     uncaptured = {**VERB, "cache": "hot uncaptured"}
     write(tmp_path, "kernels", *pair(VERB, ("copy", "syncbn"), (0.95, 1.0), shape=BIG))
     write(tmp_path, "kernels", *pair(uncaptured, ("copy", "syncbn"), (0.95, 1.0), shape=BIG))
     head = summary.summary(tmp_path)[0]
-    assert head.startswith(f"goals: 1 met, 0 missed, {len(summary.GOALS) - 1} not measured; rows: kernels 4,")
+    assert head.startswith(f"goals: 1 met, 0 missed, {len(goals.GOALS) - 1} not measured; rows: kernels 4,")
     assert head.endswith("2 of them not captured")
 
 
@@ -138,9 +138,9 @@ def test_it_is_short_and_counts(tmp_path: Path) -> None:
 def test_it_knows_the_columns(script: str) -> None:
     """What the summary looks at are columns of the scripts' files, and values that the scripts write."""
     columns = set(SCRIPTS[script].COLUMNS)
-    named = {column for goal in summary.GOALS if goal.script == script for column in goal.columns}
-    assert {*summary.KEYS[script], *named, "machine", "variant"} <= columns
-    verbs = {goal.columns["verb"] for goal in summary.GOALS if "verb" in goal.columns}
+    named = {column for goal in goals.GOALS if goal.script == script for column in goal.columns}
+    assert {*goals.KEYS[script], *named, "machine", "variant"} <= columns
+    verbs = {goal.columns["verb"] for goal in goals.GOALS if "verb" in goal.columns}
     assert verbs == set(kernels.VERBS)
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.harness import read_rows
-from benchmarks.static import DTYPES, SHAPES, calls, verb_of, work_of
+from benchmarks.launches import verb_of, work_of
+from benchmarks.static import DTYPES, SHAPES, calls
+from benchmarks.tables import read_rows
 
 triton = pytest.importorskip("triton", reason="triton is made for Linux only")
 

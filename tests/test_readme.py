@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import syncbn
-from benchmarks import summary
+from benchmarks import goals
 
 ROOT = Path(__file__).parent.parent
 README, MEASURED, TESTED, LAUNCHED = (
@@ -172,7 +172,7 @@ def test_the_gpu_figures_of_a_layer_are_those_of_the_rows() -> None:
     forced = over(graphs, "syncbn.forced", "nn.SyncBatchNorm.forced")
     assert said("takes {:.2f} to {:.2f} times as long as `nn.SyncBatchNorm` with", forced) in MEASURED
     large = [
-        row for row in bf16 if row["mode"] == "graph" and row["op"] == "bn" and summary.megabytes(row) >= summary.LARGE
+        row for row in bf16 if row["mode"] == "graph" and row["op"] == "bn" and goals.megabytes(row) >= goals.LARGE
     ]
     assert said("take {:.2f} to {:.2f} times as long as two copies of them", over(large, "syncbn", "copy")) in MEASURED
     assert said("the layer takes {:.2f} to {:.2f} times", over(eager, "syncbn", "nn.BatchNorm")) in MEASURED
@@ -184,8 +184,8 @@ def test_the_gpu_figures_of_kernels_are_those_of_the_rows() -> None:
     """So are the kernels' speeds over a copy's."""
     rows = of_an_h200("kernels", dtype="bfloat16", variant="syncbn", epilogue="none")
     for words, rows_of in (
-        ("{:.2f} to {:.2f} of a copy's speed at 64 MB", [row for row in rows if summary.megabytes(row) >= 64]),
-        ("{:.2f} to {:.2f} at 3 MB", [row for row in rows if summary.megabytes(row) <= summary.SMALL]),
+        ("{:.2f} to {:.2f} of a copy's speed at 64 MB", [row for row in rows if goals.megabytes(row) >= 64]),
+        ("{:.2f} to {:.2f} at 3 MB", [row for row in rows if goals.megabytes(row) <= goals.SMALL]),
     ):
         assert said(words, [1 / float(row["over_copy"]) for row in rows_of if row["cache"] != "hot"]) in MEASURED
 
@@ -228,7 +228,7 @@ def test_the_gpu_figures_of_a_step_are_those_of_the_rows() -> None:
 def test_the_gpu_tests_and_sanitizers_were_clean() -> None:
     """What README says of them is what their rows say, and they are of the times' commits, whose kernels are alike."""
     parts = {row["part"]: row for row in of_an_h200("parts")}
-    assert {parts[name]["status"] for name in summary.WATCHED} == {"0"}
+    assert {parts[name]["status"] for name in goals.WATCHED} == {"0"}
     commits = {row["commit"] for script in ("parts", "layer", "kernels", "host", "step") for row in of_an_h200(script)}
     assert commits == {"1cf2868a74", "5555beb618"}
 

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from syncbn.backends import gpu
 from syncbn.formulas import Epilogue, Running
 from tests.support import machine_code
+from tests.support.oracle import in_layout
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -41,16 +42,15 @@ TARGETS = {
 SECONDARY = ["sm_90"]
 ALL_CONSTANTS_HAVE_ATTRIBUTES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
-LAST = torch.channels_last
 
 CALLS: dict[str, dict[str, Any]] = {
     "NCHW": {"shape": (32, 512, 28, 28), "activation": "relu", "residual": True},
-    "NHWC": {"shape": (32, 256, 56, 56), "rows": True, "activation": "relu", "residual": True},
-    "NHWC 3 channels": {"shape": (32, 3, 112, 112), "rows": True},
+    "NHWC": {"shape": (32, 256, 56, 56), "layout": "channels_last", "activation": "relu", "residual": True},
+    "NHWC 3 channels": {"shape": (32, 3, 112, 112), "layout": "channels_last"},
     "(N, C) float32": {"shape": (4096, 2048), "dtype": F32, "activation": "silu"},
     "NCHW 7": {"shape": (32, 2048, 7, 7), "activation": "relu", "residual": True, "main": False},
     "NCHW masked": {"shape": (8, 256, 56, 56), "activation": "relu", "masked": True, "main": False},
-    "NHWC, dy NCHW": {"shape": (8, 256, 56, 56), "rows": True, "dy_rows": False, "main": False},
+    "NHWC, dy NCHW": {"shape": (8, 256, 56, 56), "layout": "channels_last", "dy_layout": "contiguous", "main": False},
     "NCHW float64": {"shape": (8, 64, 56, 56), "dtype": F64, "activation": "silu", "main": False},
     "(2³², 1)": {"shape": (2**32, 1)},
 }
@@ -78,33 +78,36 @@ class Launch(NamedTuple):
 
 def recorded(
     shape: tuple[int, ...],
-    rows: bool = False,
-    dy_rows: bool | None = None,
     dtype: torch.dtype = BF16,
+    layout: str = "contiguous",
+    dy_layout: str | None = None,
     activation: str | None = None,
     residual: bool = False,
     masked: bool = False,
+    running: bool = True,
     momentum: float | None = None,
     main: bool = True,
 ) -> list[Launch]:
-    """The launches of a training step; tensors without storage."""
+    """The launches of a training step, or of the verbs alone where nothing is running; tensors without storage."""
 
-    def meta(*size: int, of: torch.dtype = dtype, rows: bool = False) -> Tensor:
-        t = torch.empty(size, dtype=of, device="meta")
-        return t.to(memory_format=LAST) if rows and len(size) == 4 else t
+    def meta(*size: int, of: torch.dtype = dtype, layout: str = "contiguous") -> Tensor:
+        return in_layout(torch.empty(size, dtype=of, device="meta"), layout)
 
-    x, dy = meta(*shape, rows=rows), meta(*shape, rows=rows if dy_rows is None else dy_rows)
+    x, dy = meta(*shape, layout=layout), meta(*shape, layout=dy_layout or layout)
     wide = F64 if dtype == F64 else F32
     weight, bias, mean, var = (meta(shape[1], of=wide) for _ in range(4))
     mask = meta(shape[0], *shape[2:], of=torch.bool) if masked else None
-    epilogue = Epilogue(weight, bias, torch.empty_like(x) if residual else None, mask, activation)
-    running = Running(mean, var, meta(of=torch.int64), momentum)
+    added = meta(*shape, layout=layout) if residual else None
+    epilogue = Epilogue(weight, bias, added, mask, activation)
+    kept = epilogue if activation or not running else epilogue._replace(residual=None)
+    statistics = Running(mean, var, meta(of=torch.int64), momentum) if running else None
+    needs_dresidual = residual and (activation is not None or masked)
     seen: list[Launch] = []
     with mock.patch.object(gpu, "launch", lambda *given: seen.append(Launch(*given))):
         sums = gpu.batch_sums(x, mask)
-        _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, running)
-        dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, epilogue)
-        gpu.grad_input(dy, x, mean, invstd, epilogue, dsums, sums[-3:-2], residual)
+        _, mean, invstd = gpu.normalize(x, sums, epilogue, 1e-5, statistics)
+        dsums, _, _ = gpu.grad_sums(dy, x, mean, invstd, kept)
+        gpu.grad_input(dy, x, mean, invstd, kept, dsums, sums[-3:-2], needs_dresidual)
     return seen
 
 
