@@ -56,9 +56,10 @@ def allow_forced() -> None:
 class ForcedOurs(syncbn.SyncBatchNorm):
     """Ours with its collectives issued in a group of one."""
 
-    def __init__(self, channels: int, activation: str | None = None) -> None:
+    def __init__(self, channels: int, **given: Any) -> None:
         allow_forced()
-        super().__init__(channels, process_group=FORCED, activation=activation)
+        super().__init__(channels, **given)
+        self.process_group = FORCED
 
 
 NORMS: dict[str, Norm] = {
