@@ -56,9 +56,9 @@ def allow_forced() -> None:
 class ForcedOurs(syncbn.SyncBatchNorm):
     """Ours with its collectives issued in a group of one."""
 
-    def __init__(self, channels: int, **given: Any) -> None:
+    def __init__(self, *settings: Any, **named: Any) -> None:
         allow_forced()
-        super().__init__(channels, **given)
+        super().__init__(*settings, **named)
         self.process_group = FORCED
 
 
