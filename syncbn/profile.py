@@ -216,7 +216,7 @@ def begin_label(direction: str, label: Label) -> torch.profiler.record_function 
 
     No context manager, since in a call that nobody records even an empty one would take as long as all else here.
     """
-    if torch.compiler.is_compiling() or not torch_private.is_profiled():
+    if torch.compiler.is_compiling() or not torch_private.is_profiled() or torch_private.is_jit_tracing():
         return None
     record = torch.profiler.record_function(f"syncbn.{direction} {label.name}")
     record.__enter__()  # type: ignore[no-untyped-call]  # torch's own

@@ -213,6 +213,14 @@ def test_profilers_show_the_layers(create_graph: bool) -> None:
     assert labels(create_graph) == expected
 
 
+def test_a_trace_has_no_labels() -> None:
+    """What torch.jit writes down while somebody profiles is the layer without them."""
+    layer = Net().first
+    with profile(activities=[ProfilerActivity.CPU]):
+        traced = torch.jit.trace(layer, (torch.randn(6, 4),), check_trace=False)
+    assert "record_function" not in str(traced.inlined_graph)
+
+
 def test_nobody_is_told_without_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one no label is made."""
     monkeypatch.setattr(torch.profiler, "record_function", None)
