@@ -15,7 +15,6 @@ import syncbn
 from benchmarks.shapes import resnet50_norms
 from syncbn import latency
 from syncbn.profile import Row
-from tests.support.layer_runs import let_torch_warn_of_itself
 from tests.support.ranks import RankPool
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -214,9 +213,9 @@ def test_profilers_show_the_layers(create_graph: bool) -> None:
     assert labels(create_graph) == expected
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 def test_a_trace_has_no_labels() -> None:
     """What torch.jit writes down while somebody profiles is the layer without them."""
-    let_torch_warn_of_itself()
     layer = Net().first
     with profile(activities=[ProfilerActivity.CPU]):
         traced = torch.jit.trace(layer, (torch.randn(6, 4),), check_trace=False)
