@@ -213,7 +213,7 @@ def test_profilers_show_the_layers(create_graph: bool) -> None:
     assert labels(create_graph) == expected
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_trace_has_no_labels() -> None:
     """What torch.jit writes down while somebody profiles is the layer without them."""
     layer = Net().first
