@@ -4,6 +4,7 @@ import csv
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import syncbn
 from benchmarks.shapes import resnet50_norms
-from syncbn import latency
+from syncbn import comm, latency
+from syncbn.names import Pooling
 from syncbn.profile import Row
 from tests.support.ranks import RankPool
 
@@ -137,6 +139,44 @@ def test_other_ways(ranks: RankPool) -> None:
         assert calls["layer backward"] >= 2
         assert calls["EvenLoader forward"] >= 3
         assert sizes["EvenLoader"] == 0
+
+
+class Event:
+    """Of a stream that needs 2 ms from each event to the next; it knows only once somebody has waited for the device."""
+
+    recorded, waits = 0, 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.at = Event.recorded
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert Event.waits
+        return 2.0 * (end.at - self.at)
+
+
+def test_a_device_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the stream's own events count, read after one wait at the end; in a capture nothing is recorded."""
+    on_device, capturing = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), []
+    monkeypatch.setattr(Event, "recorded", 0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(Event, "waits", Event.waits + 1))
+    monkeypatch.setattr(comm, "ranks_of", lambda group: (0,))
+    with syncbn.profiling() as found:
+        for _ in range(3):
+            begun = found.mark(on_device)
+            found.add(Pooling(None, "sums"), "forward", 16, begun, found.mark(on_device))
+        capturing.append(True)
+        found.add(Pooling(None, "sums"), "forward", 16, found.mark(on_device), None)
+        assert Event.waits == 0
+    (row,) = found.rows
+    assert (row.calls, row.bytes) == (3, 48)
+    assert row.seconds == pytest.approx(3 * 2e-3)
+    assert Event.waits == 1
 
 
 def in_groups() -> list[Row]:
