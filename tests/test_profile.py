@@ -142,7 +142,7 @@ def test_other_ways(ranks: RankPool) -> None:
 
 
 class Event:
-    """Of a stream that needs 2 ms from each event to the next; it knows only once somebody has waited for the device."""
+    """Of a stream that takes 2 ms from one to the next; it tells only once somebody has waited for the device."""
 
     recorded, waits = 0, 0
 
@@ -162,6 +162,7 @@ def test_a_device_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the stream's own events count, read after one wait at the end; in a capture nothing is recorded."""
     on_device, capturing = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), []
     monkeypatch.setattr(Event, "recorded", 0)
+    monkeypatch.setattr(Event, "waits", 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(Event, "waits", Event.waits + 1))
