@@ -25,7 +25,7 @@ _HEADS = ("layer", "direction", "calls", "bytes", "ms a call", "% of time", "ms 
 class Row(NamedTuple):
     """The sums of one layer in one direction. bytes are those that a rank gave to all calls; seconds is the time in
     them, the mean over the ranks, and share that of the block's; last is the rank that the others waited longest for,
-    waited how long that was, and last_calls in how many calls it came last.
+    waited how long that was, and last_calls in how many calls it came last; -1 and 0 of one rank's view alone.
     """
 
     layer: str
@@ -58,12 +58,13 @@ class _Sums:
 class Profile:
     """What `profiling` found, alike on every rank once its block has been left.
 
-    rows has a `Row` for each layer and direction, the longest waited for first; seconds is the block's time, the mean
-    over the ranks; str() of it is a table.
+    rows has a `Row` for each layer and direction, the longest waited for first; waited_for is by rank how long the
+    others waited for it; seconds is the block's time, the mean over the ranks; str() of it is a table.
     """
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.waited_for: dict[int, float] = {}
         self.seconds = 0.0
         self._begun = time.perf_counter()
         self._sums: dict[tuple[int, ...], _Sums] = {}
@@ -103,15 +104,12 @@ class Profile:
             found = dict(zip(comm.ranks_of(world) or (), comm.from_all(found[rank], world), strict=True))
         self.seconds = sum(seconds for seconds, _ in found.values()) / len(found)
         groups = dict.fromkeys(ranks for _, sums in found.values() for ranks in sums)
-        rows = [row for ranks in groups for row in _rows(ranks, found)]
+        rows = [row for ranks in groups for row in _rows(ranks, found, self.waited_for)]
         self.rows = sorted(rows, key=lambda row: -row.waited)
 
-    def straggler(self) -> tuple[int, float] | None:
-        """The rank that the others waited longest for, and how long; None without peers."""
-        waited: dict[int, float] = {}
-        for row in self.rows:
-            waited[row.last] = waited.get(row.last, 0.0) + row.waited
-        return max(waited.items(), key=lambda each: each[1], default=None)
+    def straggler(self) -> int | None:
+        """The rank that the others waited longest for; None if that is not known."""
+        return max(self.waited_for, key=self.waited_for.__getitem__, default=None)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -119,14 +117,16 @@ class Profile:
         cells = [_HEADS, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        rank, waited = self.straggler() or (0, 0.0)
-        most = next(row for row in self.rows if row.last == rank)
         total, calls = sum(row.seconds for row in self.rows), sum(row.calls for row in self.rows)
         lines += [
             f"{calls} sums of {sum(row.bytes for row in self.rows)} bytes in {self.seconds:.3f} s: "
-            f"{total:.3f} s in sums, {100 * total / self.seconds:.1f} %",
-            f"The others waited longest for rank {rank}: {waited:.3f} s, most in {most.layer!r} {most.direction}",
+            f"{total:.3f} s in sums, {100 * total / self.seconds:.1f} %"
         ]
+        rank = self.straggler()
+        if rank is not None:
+            waited, most = self.waited_for[rank], next((row for row in self.rows if row.last == rank), self.rows[0])
+            text = f"The others waited longest for rank {rank}: {waited:.3f} s, most in {most.layer!r} {most.direction}"
+            lines.append(text)
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -143,7 +143,7 @@ class Profile:
         waited = [1e3 * row.waited / row.calls for row in shown]
         axes.barh(names, waited, 0.4, color="tab:orange", label="others waited for this rank")
         for at, row in enumerate(shown):
-            axes.annotate(f" rank {row.last}", (waited[at], at), fontsize=7, va="center")
+            axes.annotate(f" {_who(row)}", (waited[at], at), fontsize=7, va="center")
         axes.set_xlabel("ms a call")
         axes.legend(loc="lower right")
         figure.savefig(path)
@@ -151,12 +151,16 @@ class Profile:
 
 def _cells(row: Row) -> tuple[str, ...]:
     per_call, waited = 1e3 * row.seconds / row.calls, 1e3 * row.waited / row.calls
-    last = f"rank {row.last}, {row.last_calls} of {row.calls}"
+    last = f"{_who(row)}, {row.last_calls} of {row.calls}" if row.last >= 0 else _who(row)
     numbers = str(row.calls), str(row.bytes), f"{per_call:.3f}", f"{100 * row.share:.1f}", f"{waited:.3f}"
     return row.layer, row.direction, *numbers, last
 
 
-def _rows(ranks: tuple[int, ...], found: dict[int, Any]) -> Iterator[Row]:
+def _who(row: Row) -> str:
+    return "not known" if row.last < 0 else f"rank {row.last}"
+
+
+def _rows(ranks: tuple[int, ...], found: dict[int, Any], waited_for: dict[int, float]) -> Iterator[Row]:
     """Of one group, from what each of its ranks has seen; sums that not all have seen as the same are left out."""
     seen = {rank: found[rank][1][ranks] for rank in ranks if rank in found and ranks in found[rank][1]}
     whole = sum(found[rank][0] for rank in seen)
@@ -173,8 +177,13 @@ def _rows(ranks: tuple[int, ...], found: dict[int, Any]) -> Iterator[Row]:
             waited[last] += max(times) - min(times)
             came_last[last] += 1
         total, last = sum(map(sum, calls)), max(waited, key=lambda rank: (waited[rank], came_last[rank]))
-        per_rank = total / len(seen), total / whole
-        yield Row(layer, direction, len(calls), size * len(calls), *per_rank, waited[last], last, came_last[last])
+        counted = len(calls), size * len(calls), total / len(seen), total / whole
+        if len(seen) < 2:
+            yield Row(layer, direction, *counted, 0.0, -1, 0)
+            continue
+        for rank, seconds in waited.items():
+            waited_for[rank] = waited_for.get(rank, 0.0) + seconds
+        yield Row(layer, direction, *counted, waited[last], last, came_last[last])
 
 
 @contextlib.contextmanager

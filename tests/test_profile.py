@@ -44,13 +44,13 @@ def step(net: nn.Module) -> None:
     net(x).backward(torch.randn(6, 4, 3))
 
 
-def profiled(sleeper: int) -> tuple[list[Row], str, tuple[int, float] | None]:
+def profiled(sleeper: int) -> tuple[list[Row], str, int | None, dict[int, float]]:
     net = Net(sleeper)
     step(net)
     with syncbn.profiling() as found:
         for _ in range(STEPS):
             step(net)
-    return found.rows, str(found), found.straggler()
+    return found.rows, str(found), found.straggler(), found.waited_for
 
 
 @pytest.mark.parametrize(("world", "sleeper"), [(2, 0), (2, 1), (3, 1)])
@@ -61,21 +61,22 @@ def test_the_straggler_is_named(ranks: RankPool, world: int, sleeper: int) -> No
     """
     answers = ranks.run(world, profiled, sleeper)
     assert all(answer == answers[0] for answer in answers)
-    rows, text, straggler = answers[0]
+    rows, text, straggler, waited_for = answers[0]
     third = next(row for row in rows if row.layer == "third" and row.direction == "forward")
     assert third.last == sleeper
     assert third.last_calls > STEPS / 2
     assert SLEEP * STEPS / 2 < third.waited < third.seconds * world
     assert rows[0] == third
-    assert straggler is not None
-    assert straggler[0] == sleeper
+    assert straggler == sleeper
+    assert waited_for[sleeper] >= third.waited
+    assert set(waited_for) == set(range(world))
     assert f"waited longest for rank {sleeper}" in text
     assert "most in 'third' forward" in text
 
 
 def test_every_sum_is_counted(ranks: RankPool) -> None:
     """Each layer has a row for each direction: as many calls as steps, 8 bytes for each of 2C + 3 or 2C + 2 numbers."""
-    rows, _, _ = ranks.run(2, profiled, -1)[0]
+    rows, *_ = ranks.run(2, profiled, -1)[0]
     assert {(row.layer, row.direction) for row in rows} == {
         (layer, direction) for layer in ("first", "second", "third") for direction in ("forward", "backward")
     }
@@ -176,6 +177,8 @@ def test_a_device_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
         assert Event.waits == 0
     (row,) = found.rows
     assert (row.calls, row.bytes) == (3, 48)
+    assert (row.last, found.straggler()) == (-1, None)  # of one rank's view
+    assert "not known" in str(found)
     assert row.seconds == pytest.approx(3 * 2e-3)
     assert Event.waits == 1
 
