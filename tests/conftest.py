@@ -12,7 +12,8 @@ torch.set_num_threads(1)
 LONG = (
     *("gpu_interpreter", "benchmarks_gpu_sh", "compile_training", "restarts", "gpu_compile", "launch", "train"),
     *("compile", "watch", "benchmarks_scripts", "gpu_budget", "integrations", "double_backward", "bad_inputs"),
-    *("tracing", "examples", "torch_private", "faults", "support_ranks", "eps_and_momentum", "benchmarks_resilience", "selfcheck"),
+    *("tracing", "examples", "torch_private", "faults", "support_ranks", "eps_and_momentum"),
+    *("benchmarks_resilience", "selfcheck"),
 )
 """Files that take longest, in that order."""
 
