@@ -57,19 +57,20 @@ def profiled(sleeper: int) -> tuple[list[Row], str, int | None, dict[int, float]
 def test_the_straggler_is_named(ranks: RankPool, world: int, sleeper: int) -> None:
     """A rank that sleeps 20 ms before its third layer came last there, the others waited as long, and all ranks say so.
 
-    They wait for less than it sleeps only by what they were late themselves, which a busy machine may add up to.
+    A busy machine may stop any rank for longer than that: of three profiles one must be as it would be without.
     """
-    answers = ranks.run(world, profiled, sleeper)
-    assert all(answer == answers[0] for answer in answers)
-    rows, text, straggler, waited_for = answers[0]
-    third = next(row for row in rows if row.layer == "third" and row.direction == "forward")
-    assert third.last == sleeper
-    assert third.last_calls > STEPS / 2
-    assert SLEEP * STEPS / 2 < third.waited < third.seconds * world
-    assert rows[0] == third
-    assert straggler == sleeper
+    for attempt in range(3):
+        answers = ranks.run(world, profiled, sleeper)
+        assert all(answer == answers[0] for answer in answers)
+        rows, text, straggler, waited_for = answers[0]
+        third = next(row for row in rows if (row.layer, row.direction) == ("third", "forward"))
+        assert third.waited < third.seconds * world
+        assert waited_for.keys() == set(range(world))
+        found = straggler, third.last, third.last_calls > STEPS / 2, third.waited > SLEEP * STEPS / 2, rows[0] == third
+        if found == (sleeper, sleeper, True, True, True):
+            break
+        assert attempt < 2, found
     assert waited_for[sleeper] >= third.waited
-    assert set(waited_for) == set(range(world))
     assert f"waited longest for rank {sleeper}" in text
     assert "most in 'third' forward" in text
 
