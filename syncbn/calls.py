@@ -63,11 +63,14 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
     if call is None:
         return wire
     thread, place = get_ident(), (call, call.direction, time.monotonic())
-    device = None if wire.is_cpu else progress.of(wire.device)
+    device, record = None if wire.is_cpu else progress.of(wire.device), profile.recording
     _enter(thread, call, place, device)
     try:
         try:
-            _recorded(comm.all_sum, wire, place, call.group)
+            if record is None:
+                comm.all_sum(wire, call.group)
+            else:
+                _recorded(record, comm.all_sum, wire, place, call.group)
         except RuntimeError as error:
             raise _failed(place, error) from error
         if device is not None:
@@ -87,23 +90,25 @@ def functional_sum(sums: Tensor, group_name: str, call: Call | None = None, dire
     wire = F.pad(sums, (0, 2))
     if call is None:
         return comm.functional_sum(wire, group_name)[..., :-2]
-    thread, place = get_ident(), (call, direction, time.monotonic())
+    thread, place, record = get_ident(), (call, direction, time.monotonic()), profile.recording
     _enter(thread, call, place, None)
     try:
-        summed = _recorded(comm.functional_sum, wire, place, group_name, call.group)[..., :-2]
+        if record is None:
+            summed = comm.functional_sum(wire, group_name, call.group)
+        else:
+            summed = _recorded(record, comm.functional_sum, wire, place, group_name, call.group)
         _done(call, place)
     except RuntimeError as error:
         raise _failed(place, error) from error
     finally:
         watch.now.pop(thread, None)
-    return summed
+    return summed[..., :-2]
 
 
-def _recorded(sum_over_ranks: Callable[..., Tensor], wire: Tensor, place: Place, *group: Any) -> Tensor:
-    """The sum, with its time taken if somebody profiles."""
-    record = profile.recording
-    if record is None:
-        return sum_over_ranks(wire, *group)
+def _recorded(
+    record: profile.Profile, sum_over_ranks: Callable[..., Tensor], wire: Tensor, place: Place, *group: Any
+) -> Tensor:
+    """The sum, with its time taken."""
     begun = record.mark(wire)
     summed = sum_over_ranks(wire, *group)
     record.add(place[0], place[1], wire.numel() * wire.itemsize, begun, record.mark(wire))
@@ -116,11 +121,12 @@ def awaited(what: Step | Pooling, answer: Callable[[], T]) -> T:
         watch.start()
     thread, place = get_ident(), (what, FORWARD, time.monotonic())
     watch.now[thread] = place
-    record, begun = profile.recording, time.perf_counter()
+    record = profile.recording
     try:
-        answered = answer()
-        if record is not None:
-            record.add(what, FORWARD, 0, begun, time.perf_counter())
+        if record is None:
+            return answer()
+        begun, answered = time.perf_counter(), answer()
+        record.add(what, FORWARD, 0, begun, time.perf_counter())
         return answered
     except RuntimeError as error:
         raise _failed(place, error) from error

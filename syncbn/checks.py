@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn import comm, torch_private
-from syncbn.formulas import ACTIVATIONS, DTYPES, Epilogue, Running
+from syncbn.formulas import ACTIVATIONS, DTYPES, Epilogue, Running, Statistics
 
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DEFAULTS = {"eps": 1e-5, "momentum": 0.1}
@@ -35,12 +35,12 @@ def checked(
     process_group: comm.Group | None,
     x: Tensor,
     training: bool,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool],
+    statistics: Statistics,
     epilogue: Epilogue,
     eps: float,
     is_composed: bool,
 ) -> Checked:
-    """The call, with its peers and its numbers as floats; statistics are as in direct.py."""
+    """The call, with its peers and its numbers as floats."""
     group = check_group(process_group) if training else None
     running_mean, running_var, counter, momentum, skip_nonfinite = statistics
     of_batch = training or running_mean is None

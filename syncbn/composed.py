@@ -139,7 +139,7 @@ def _sums_of_all(
 
 
 def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: Tensor | None) -> None:
-    if torch_private.is_transformed(mean, running.mean, running.var, running.num_batches_tracked):
+    if torch_private.are_transforms_active() and torch_private.is_any_wrapped(mean, *running[:3]):
         _MoveRunning.apply(running, mean, var, count)  # type: ignore[no-untyped-call]  # torch's own
         return
     move_running(running, mean, var, count if are_new is None else count * are_new)  # an empty batch moves nothing

@@ -18,7 +18,7 @@ from syncbn import calls, comm, profile, recompute, torch_private
 from syncbn.autograd import changed, gradients
 from syncbn.backends import is_capturing, launches_for, name_for, select
 from syncbn.backends.recent import Recent
-from syncbn.formulas import Epilogue, Running
+from syncbn.formulas import Epilogue, Running, Statistics
 from syncbn.names import BACKWARD, FORWARD, Call, Label
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 MOST_CALLS = 4096
 """Kinds of calls that are remembered, the oldest forgotten first."""
-
-Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
-"""running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite"""
 
 Kinds = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | None, ...]
 

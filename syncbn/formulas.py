@@ -25,6 +25,10 @@ VOTE = 2.0**32
 """What a rank that takes part in the comparison of calls adds to its tag on the wire: see fingerprint.py."""
 
 
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
+"""running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite, as they are given."""
+
+
 class Epilogue(NamedTuple):
     """What follows x̂, each entry optional: weight, bias (C); residual (N, C, *S); mask bool (N, *S)."""
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from syncbn import checks, comm, composed, direct, profile, symbolic, torch_private
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.formulas import Epilogue, Running, finish
+from syncbn.formulas import Epilogue, Running, Statistics, finish
 from syncbn.names import FORWARD, FUNCTION, Call, Label
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -94,7 +94,7 @@ def sync_batch_norm(
 def normalize(
     process_group: comm.Group | None,
     x: Tensor,
-    statistics: direct.Statistics,
+    statistics: Statistics,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
@@ -112,7 +112,7 @@ def normalize(
     try:
         is_traced = torch_private.is_jit_tracing()
         is_composed = (training or statistics[0] is None) and (
-            is_traced or _is_looked_into(x, residual, (weight, bias, mask, *statistics[:3]))
+            is_traced or _is_looked_into(x, residual, weight, bias, mask, statistics)
         )
         if training and mask is None and not is_composed:
             y = direct.normalize(process_group, x, statistics, weight, bias, eps, residual, activation, label)
@@ -136,7 +136,14 @@ def normalize(
         profile.end_label(record)
 
 
-def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | None, ...]) -> bool:
+def _is_looked_into(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    statistics: Statistics,
+) -> bool:
     """Whether a call is compiled, or its x or residual is dual, without storage or a subclass's, or torch.func
     transforms any of its tensors.
     """
@@ -144,8 +151,11 @@ def _is_looked_into(x: Tensor, residual: Tensor | None, others: tuple[Tensor | N
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or (residual is not None and (type(residual) not in _PLAIN or residual.is_meta))
-        or torch_private.is_transformed(x, residual, *others)
-        or torch_private.is_forward_ad_on(x, residual, *others)
+        or (
+            torch_private.are_transforms_active()
+            and torch_private.is_any_wrapped(x, residual, weight, bias, mask, *statistics[:3])
+        )
+        or torch_private.is_forward_ad_on(x, residual, weight, bias)
         or x.is_meta
     )
 

@@ -135,15 +135,15 @@ _unpack_dual: Any = forward_ad.unpack_dual
 _has_ad_level = _torchs("torch.autograd.forward_ad:_current_level", None, _SLOWER) is not None
 
 
-def is_transformed(*given: Tensor | None) -> bool:
-    """Whether torch.func transforms any of these tensors."""
-    return are_transforms_active() and any(t is not None and _is_wrapped(t) for t in given)
+def is_any_wrapped(*given: Tensor | None) -> bool:
+    """Whether torch.func, whose transforms are active, transforms any of these tensors."""
+    return any(t is not None and _is_wrapped(t) for t in given)
 
 
 def is_mapped(t: Tensor | None) -> bool:
     """By torch.vmap, at any level of torch.func's transforms."""
     with contextlib.suppress(RuntimeError):  # of what is not known to be wrapped, and is not
-        while t is not None and is_transformed(t):
+        while t is not None and are_transforms_active() and _is_wrapped(t):
             if _is_batched(t):
                 return True
             t = _unwrapped(t)
