@@ -19,6 +19,7 @@ from syncbn.names import Pooling
 from syncbn.profile import Row
 from tests.support.ranks import RankPool
 
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11, of its own
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 SLEEP, STEPS = 0.02, 6
 
