@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import syncbn
-from syncbn import comm
+from syncbn import groups
 
 Norm = Callable[[int, bool], nn.Module]
 """(channels, relu) -> a module of (x, residual or None): relu?(bn(x) + residual?)"""
@@ -45,12 +45,12 @@ class ForcedTorchSync(nn.BatchNorm2d):
 
 FORCED: Any = object()
 """A process_group by which our collectives are issued in a group of one, too, after `allow_forced`."""
-_peers = comm.peers
+_peers = groups.peers
 
 
 def allow_forced() -> None:
     """Let the library take FORCED for peers; whatever else it is given, as ever."""
-    comm.peers = lambda group: dist.group.WORLD if group is FORCED else _peers(group)
+    groups.peers = lambda group: dist.group.WORLD if group is FORCED else _peers(group)
 
 
 class ForcedOurs(syncbn.SyncBatchNorm):

@@ -2,9 +2,9 @@
 
 from syncbn import functional
 from syncbn.classes import safe_globals
-from syncbn.comm import new_group
 from syncbn.convert import convert_sync_batchnorm, name_layers, plain, register_converter, revert_sync_batchnorm
 from syncbn.freeze import freeze, unfreeze
+from syncbn.groups import new_group
 from syncbn.inspection import checking
 from syncbn.loader import EvenLoader
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d

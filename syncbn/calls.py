@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from syncbn import comm, fingerprint, inspection, mixups, profile, progress, watch
+from syncbn import comm, fingerprint, groups, inspection, mixups, profile, progress, watch
 from syncbn.names import FORWARD, FUNCTION, Call, Label, Place, Pooling, Step, name_by_path
 from syncbn.progress import Progress
 
@@ -42,7 +42,7 @@ def begin(call: Call | None, direction: str) -> float:
 
 def _name_in_ddp(label: Label) -> None:
     """A layer that was built synchronized gets its path when it is first called within DistributedDataParallel."""
-    model = None if label is FUNCTION else comm.active_ddp()
+    model = None if label is FUNCTION else groups.active_ddp()
     if model is not None and model not in _named:
         _named.add(model)
         name_by_path(model)
@@ -78,7 +78,7 @@ def all_sum(wire: Tensor, call: Call | None) -> Tensor:
         elif call.tag and wire.is_cpu:
             found = fingerprint.differing(wire, call.tag)
             if found is not None:
-                raise RuntimeError(f"{mixups.on_cpu(comm.rank(), place, found)}\n{watch.ask(place)}".rstrip())
+                raise RuntimeError(f"{mixups.on_cpu(groups.rank(), place, found)}\n{watch.ask(place)}".rstrip())
         _done(call, place)
     finally:
         watch.now.pop(thread, None)
@@ -140,7 +140,7 @@ def _enter(thread: int, call: Call, place: Place, device: Progress | None) -> No
         watch.start()
     if device is not None and (found := device.mixed_up()) is not None:
         device.forget()
-        raise RuntimeError(mixups.on_device(comm.rank(), device.place_of(found.tag), found))
+        raise RuntimeError(mixups.on_device(groups.rank(), device.place_of(found.tag), found))
     watch.now[thread] = place
     if inspection.is_on():
         try:
@@ -174,7 +174,7 @@ def _failed(place: Place, error: RuntimeError) -> RuntimeError:
     """
     reason = str(error).partition("\n")[0]
     waited = f"after {time.monotonic() - place[2]:.1f} s"
-    text = f"The sum over the ranks failed on rank {comm.rank()} in {mixups.worded(place)}, {waited}: {reason}"
+    text = f"The sum over the ranks failed on rank {groups.rank()} in {mixups.worded(place)}, {waited}: {reason}"
     _log.error("syncbn: %s", text)
     text = f"{text}\n{watch.ask(place)}".rstrip()
     try:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional as F
 
-from syncbn import calls, comm, recompute, torch_private
+from syncbn import calls, groups, recompute, torch_private
 from syncbn.formulas import (
     Epilogue,
     Running,
     activate_,
     along,
     compute_dtype,
+    in_strides,
     masked,
     moments,
     move_running,
@@ -55,6 +56,10 @@ def normalize_batch(
     call is this one, where it is not written to a graph.
     """
     weight, bias, residual, mask, activation = epilogue
+    is_written = torch.compiler.is_compiling() or torch_private.is_jit_tracing()  # layouts are the graph's business
+    strides = None if is_written else torch.empty_like(x, device="meta").stride()
+    if strides is not None and not torch_private.is_forward_ad_on(x):
+        x = _AsGiven.apply(x, strides)  # type: ignore[no-untyped-call]  # torch's own
     x, residual = masked(x, mask), None if residual is None else masked(residual, mask)
     sums, are_new = _sums_of_all(batch_sums(x, mask), group_name, known, call)
     mean64, var64, count = moments(sums, x.shape[1])
@@ -63,7 +68,8 @@ def normalize_batch(
     dtype = compute_dtype(x.dtype)
     mean, invstd = mean64.to(dtype), (var64 + eps).rsqrt().to(dtype)
     z = pre_activation(x, mean, invstd, Epilogue(weight, bias, residual))
-    return masked(activate_(z, activation), mask).to(x.dtype)
+    y = masked(activate_(z, activation), mask).to(x.dtype)
+    return y if strides is None else _laid(y, strides)
 
 
 def gradients(
@@ -83,7 +89,7 @@ def gradients(
         assert alias[0] is not None, "x is always given"
         weight, bias, residual = alias[1:]
         aliased = epilogue._replace(weight=weight, bias=bias, residual=residual)
-        group_name = None if call is None else comm.name_of(call.group)
+        group_name = None if call is None else groups.name_of(call.group)
         y = normalize_batch(alias[0], aliased, eps, group_name, None, known, call)
         wanted = [t for t, need in zip(alias, needed, strict=True) if t is not None and need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
@@ -145,6 +151,32 @@ def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: T
     move_running(running, mean, var, count if are_new is None else count * are_new)  # an empty batch moves nothing
     if are_new is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(are_new.squeeze().to(running.num_batches_tracked.dtype) - 1)
+
+
+def _laid(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`in_strides`, but for what is mapped over, whose memory is the map's."""
+    is_mapped = torch_private.is_mapped(t) or torch_private.is_batch_of_gradients(t)
+    return t if is_mapped else in_strides(t, strides)
+
+
+class _AsGiven(torch.autograd.Function):
+    """x, whose gradient has these strides."""
+
+    @staticmethod
+    def forward(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.strides = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return _laid(dx, ctx.strides), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, strides: tuple[int, ...]) -> tuple[Tensor, int]:
+        return x, in_dims[0]
 
 
 class _AllSum(torch.autograd.Function):

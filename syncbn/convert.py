@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar, cast
 
 from torch import nn
 
-from syncbn import classes, comm, refusals, swap
+from syncbn import checks, classes, groups, refusals, swap
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.names import name_by_path, numbered
@@ -21,7 +21,7 @@ Only = Callable[[str, nn.Module], bool] | str | Iterable[str] | None
 class Converter(NamedTuple):
     """How layers of one class are swapped, each way."""
 
-    to_sync: Callable[[nn.Module, comm.Group | None], nn.Module]
+    to_sync: Callable[[nn.Module, groups.Group | None], nn.Module]
     to_plain: Callable[[nn.Module], nn.Module]
 
 
@@ -34,7 +34,7 @@ reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 def register_converter(
     cls: type,
-    to_sync: Callable[[nn.Module, comm.Group | None], nn.Module],
+    to_sync: Callable[[nn.Module, groups.Group | None], nn.Module],
     to_plain: Callable[[nn.Module], nn.Module],
 ) -> None:
     """Tell `convert_sync_batchnorm` and `revert_sync_batchnorm` how to swap layers of exactly this class.
@@ -49,7 +49,7 @@ def register_converter(
 
 
 def convert_sync_batchnorm(
-    module: M, process_group: comm.Group | None = None, *, only: Only = None, on_unknown: str = "raise"
+    module: M, process_group: groups.Group | None = None, *, only: Only = None, on_unknown: str = "raise"
 ) -> M:
     """Make the batch norm layers of module synchronized, module itself included.
 
@@ -81,6 +81,8 @@ def convert_sync_batchnorm(
         raise ValueError(
             f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}. Pass 'skip' to leave such layers as they are."
         )
+    checks.check_process_group(process_group)
+    groups.ranks_of(process_group)  # so that they are known when the group is not any more
     refusals.refuse_wrapped(module)
     chosen = _chooser(only)
     wanted, left = [], {}
@@ -105,6 +107,9 @@ def convert_sync_batchnorm(
     _label(root)
     name_by_path(root)
     return cast(M, root)
+
+
+SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)  # here, where the converter is
 
 
 def name_layers(model: M) -> M:
@@ -174,7 +179,7 @@ def _why_not(layer: nn.Module) -> str | None:
     return "synchronized already" if isinstance(layer, SyncBatchNorm) else None
 
 
-def _make_sync(root: nn.Module, layer: nn.Module, process_group: comm.Group | None) -> nn.Module:
+def _make_sync(root: nn.Module, layer: nn.Module, process_group: groups.Group | None) -> nn.Module:
     """root with layer synchronized."""
     cls = type(layer)
     if cls in _converters:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, comm, profile, recompute, torch_private
+from syncbn import calls, groups, profile, recompute, torch_private
 from syncbn.autograd import changed, gradients
 from syncbn.backends import is_capturing, launches_for, name_for, select
 from syncbn.backends.recent import Recent
@@ -139,7 +139,7 @@ _calls: Recent[Kind | None] = Recent(MOST_CALLS)
 
 
 def normalize(
-    process_group: comm.Group | None,
+    process_group: groups.Group | None,
     x: Tensor,
     statistics: Statistics,
     weight: Tensor | None,
@@ -159,8 +159,10 @@ def normalize(
     if not (type(momentum) is float and -math.inf < momentum < math.inf):
         return None
     try:
-        group = comm.usual_peers(process_group)
-    except comm.Unusual:
+        group = groups.usual_peers(process_group)
+    except groups.Unusual:
+        return None
+    if mean is not None and (mean.requires_grad or var.requires_grad):  # type: ignore[union-attr]  # both or neither
         return None
     if not recompute.is_ordinary() or x.is_neg() or (residual is not None and residual.is_neg()):
         return None

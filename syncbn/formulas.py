@@ -104,6 +104,11 @@ def along(per_channel: Tensor, x: Tensor) -> Tensor:
     return per_channel.view(1, -1, *(1,) * (x.ndim - 2))
 
 
+def in_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """t, or a copy if its strides are others, as torch's own operations give an empty tensor."""
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
 def reduced(x: Tensor) -> list[int]:
     """The dimensions that statistics are taken over: all but the channels'."""
     return [dim for dim in range(x.ndim) if dim != 1]
@@ -152,7 +157,6 @@ def activation_grad(dy: Tensor, z: Tensor, activation: str) -> Tensor:
 
 
 def finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
-    """activation(z + residual), 0 where masked out, in z's dtype."""
-    if residual is not None:
-        z = (z + residual).to(z.dtype)
-    return masked(activate_(z, activation), mask)
+    """activation(z + residual), 0 where masked out, in z's dtype and strides."""
+    y = z if residual is None else (z + residual).to(z.dtype)
+    return in_strides(masked(activate_(y, activation), mask), z.stride())

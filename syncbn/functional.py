@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import checks, comm, composed, direct, profile, symbolic, torch_private
+from syncbn import checks, composed, direct, groups, profile, symbolic, torch_private
 from syncbn.autograd import NormalizeBatch, Options
 from syncbn.formulas import Epilogue, Running, Statistics, finish
 from syncbn.names import FORWARD, FUNCTION, Call, Label
@@ -21,7 +21,7 @@ def sync_batch_norm(
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    process_group: comm.Group | None = None,
+    process_group: groups.Group | None = None,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
@@ -92,7 +92,7 @@ def sync_batch_norm(
 
 
 def normalize(
-    process_group: comm.Group | None,
+    process_group: groups.Group | None,
     x: Tensor,
     statistics: Statistics,
     weight: Tensor | None,
@@ -126,7 +126,7 @@ def normalize(
         if is_composed:
             is_written = is_traced or torch.compiler.is_compiling()  # to a graph, in which no call has a name
             named = None if call.group is None or is_written else Call(label, call.group, x, activation, True)
-            name = comm.name_of(call.group)
+            name = groups.name_of(call.group)
             return composed.normalize_batch(x, _whole(call), call.eps, name, call.running, call=named)
         if not torch_private.are_transforms_active():
             return _by_backend(call, label)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from syncbn import comm
+from syncbn import comm, groups
 from syncbn.names import BACKWARD, Call
 
 ROW = 512
@@ -80,10 +80,10 @@ class Row(NamedTuple):
 
 def compare(call: Call, direction: str, patience: float) -> str | None:
     """What differs between the ranks, as a table; None if nothing does."""
-    ranks = comm.ranks_of(call.group) or ()
+    ranks = groups.ranks_of(call.group) or ()
     rows = torch.zeros(len(ranks), ROW, dtype=torch.uint8)
     own = json.dumps(Row.of(call, direction)).encode()
-    rows[comm.rank(call.group), : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    rows[groups.rank(call.group), : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     side = comm.side_group(call.group, patience)
     comm.all_sum(rows, side)
     found = [_decoded(row.numpy().tobytes()) for row in rows]

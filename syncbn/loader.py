@@ -11,12 +11,44 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from syncbn import calls, checks, comm
+from syncbn import calls, checks, comm, groups
 from syncbn.emptied import emptied
 from syncbn.names import Step
 
 _NONE: Any = object()
 """No batch; None may be one."""
+
+
+def check_iterable(name: str, given: object) -> None:
+    """What a for statement takes."""
+    if not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise TypeError(
+            f"{name} must be iterable, as a DataLoader is; got {type(given).__name__}. "
+            "Pass what your loop iterates over."
+        )
+
+
+def _checked(loader: object, process_group: object, empty: object, device: Any) -> torch.device | None:
+    """The device as torch knows it, if all are what they should be."""
+    check_iterable("loader", loader)
+    checks.check_process_group(process_group)
+    if not (empty is None or callable(empty)):
+        raise TypeError(
+            f"empty must be a function from a batch to an empty one, or None; got {type(empty).__name__}. "
+            "Pass e.g. empty=lambda batch: batch[:0]."
+        )
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"device must be a device or None; got {device!r}. Pass e.g. device='cuda:0'.") from None
+
+
+def _failed(rank: int, what: str) -> RuntimeError:
+    """For the ranks whose loaders did not."""
+    return RuntimeError(
+        f"Every rank's loader must give batches or end; that of rank {rank} raised {what}. "
+        f"See rank {rank}'s traceback for where; this rank stops with it, as no step can be made without all ranks."
+    )
 
 
 class EvenLoader:
@@ -81,12 +113,12 @@ class EvenLoader:
     def __init__(
         self,
         loader: Iterable[Any],
-        process_group: comm.Group | None = None,
+        process_group: groups.Group | None = None,
         *,
         empty: Callable[[Any], Any] | None = None,
         device: torch.device | str | int | None = None,
     ) -> None:
-        self._device = checks.check_loader(loader, process_group, empty, device)
+        self._device = _checked(loader, process_group, empty, device)
         self.loader = loader
         self._group, self._empty = process_group, empty
 
@@ -188,7 +220,7 @@ class _Company:
             return
         rank, error = fails - 1, source.error
         what = comm.from_rank(f"{type(error).__name__}: {error}"[:2000], rank, self.group, self._device)
-        raise error or checks.loader_failed((comm.ranks_of(self.group) or ())[rank], what)
+        raise error or _failed((groups.ranks_of(self.group) or ())[rank], what)
 
 
 def _in_step(source: _Source, company: _Company) -> Iterator[Any]:

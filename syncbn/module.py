@@ -2,13 +2,14 @@
 
 import copy
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import init
 
-from syncbn import checks, comm, names, torch_private
+from syncbn import checks, groups, names, torch_private
 from syncbn.functional import normalize
 from syncbn.symbolic import Leaf
 from syncbn.torch_private import BatchNormBase
@@ -19,8 +20,8 @@ class SyncBatchNorm(Leaf, BatchNormBase):
 
     .. math:: \mathrm{bn}(x) = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta
 
-    A drop-in for ``torch.nn.SyncBatchNorm``, with its constructor order and state_dict, that also runs on CPU, under
-    gloo, and without a process group, where it is an ordinary batch norm.
+    A drop-in for ``torch.nn.SyncBatchNorm``, with its constructor order, state_dict and ``convert_sync_batchnorm``,
+    that also runs on CPU, under gloo, and without a process group, where it is an ordinary batch norm.
     It is a ``BatchNormBase``, not an ``nn.SyncBatchNorm``: DistributedDataParallel refuses the latter on CPU.
 
     Args:
@@ -55,10 +56,12 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         >>> y = layer(torch.randn(8, 64, 32, 32))
     """
 
-    process_group: comm.Group | None = None
+    process_group: groups.Group | None = None
     activation: str | None = None
     skip_nonfinite: bool = True
     _label: names.Label | None = None
+    convert_sync_batchnorm: ClassVar[Callable[..., Any]]
+    """torch's name for `syncbn.convert_sync_batchnorm`, of (module, process_group=None) and more; convert.py's."""
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: comm.Group | None = None,
+        process_group: groups.Group | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -86,6 +89,12 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         if not skip_nonfinite:
             self.skip_nonfinite = False
         self._label = names.numbered(type(self).__name__, num_features, activation)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "process_group":
+            checks.check_process_group(value)
+            groups.ranks_of(value)  # so that they are known when the group is not any more
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """weight 1, bias 0, running statistics at their start."""
@@ -132,7 +141,7 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         """A group cannot leave its process; its ranks can."""
         state = self._state().copy()
         if state.get("process_group") is not None:
-            state["process_group"] = comm.ranks_of(state["process_group"])
+            state["process_group"] = groups.ranks_of(state["process_group"])
         return state
 
     def _state(self) -> dict[str, Any]:
@@ -143,7 +152,7 @@ class SyncBatchNorm(Leaf, BatchNormBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ranks = state.get("process_group")
-        group = comm.group_of(ranks)
+        group = groups.group_of(ranks)
         state = {**state, "process_group": group} if "process_group" in state else state
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if "_label" not in state:  # saved by an earlier version

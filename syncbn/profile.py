@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import comm, torch_private
+from syncbn import comm, groups, torch_private
 from syncbn.names import Call, Label, Pooling, Step
 
 recording: "Profile | None" = None
@@ -85,7 +85,7 @@ class Profile:
         """A sum of so many bytes has been taken, between these marks."""
         if begun is None or ended is None:
             return
-        sums = self._sums.setdefault(comm.ranks_of(what.group) or (), _Sums())
+        sums = self._sums.setdefault(groups.ranks_of(what.group) or (), _Sums())
         label = what.label if isinstance(what, Call) else None
         names = (what.what(),) * 2 if label is None else (label.identity, label.name)
         kind = names[0], direction, size, names[1]
@@ -98,13 +98,13 @@ class Profile:
             torch.cuda.synchronize(device)
         self.seconds = time.perf_counter() - self._begun
         own = {ranks: (list(s.kinds), s.which, s.seconds()) for ranks, s in self._sums.items()}
-        world, rank = comm.world(), 0 if comm.world() is None else comm.rank()
+        world, rank = groups.world(), 0 if groups.world() is None else groups.rank()
         found = {rank: (self.seconds, own)}
-        if is_whole and world is not None and comm.size_of(world) > 1:
-            found = dict(zip(comm.ranks_of(world) or (), comm.from_all(found[rank], world), strict=True))
+        if is_whole and world is not None and groups.size_of(world) > 1:
+            found = dict(zip(groups.ranks_of(world) or (), comm.from_all(found[rank], world), strict=True))
         self.seconds = sum(seconds for seconds, _ in found.values()) / len(found)
-        groups = dict.fromkeys(ranks for _, sums in found.values() for ranks in sums)
-        rows = [row for ranks in groups for row in _rows(ranks, found, self.waited_for)]
+        all_ranks = dict.fromkeys(ranks for _, sums in found.values() for ranks in sums)
+        rows = [row for ranks in all_ranks for row in _rows(ranks, found, self.waited_for)]
         self.rows = sorted(rows, key=lambda row: -row.waited)
 
     def straggler(self) -> int | None:

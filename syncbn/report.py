@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from syncbn import comm, convert
+from syncbn import convert, groups
 from syncbn.classes import Frozen
 from syncbn.module import SyncBatchNorm
 from syncbn.swap import is_foreign_sync, plain_type, was_built
@@ -56,8 +56,9 @@ def _row(name: str, layer: nn.Module) -> Row:
         under = getattr(cls, "_under", None)
         before = under.__name__ if under else "SyncBatchNorm"
         status = "synchronized" if was_built(layer) or not under else "converted"
-        ranks = comm.ranks_of(layer.process_group)
+        ranks = groups.ranks_of(layer.process_group)
         group = "default" if ranks is None else "ranks " + (" ".join(map(str, ranks)) or "of others")
+        group += ", destroyed" if groups.is_destroyed(layer.process_group) else ""
         own = own_call(layer)
         why = f"its {own} was set on the object" if own else ""
         why = "frozen: uses its running statistics" if isinstance(layer, Frozen) else why

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import backends, comm, latency
+from syncbn import backends, comm, groups, latency
 from syncbn.module import SyncBatchNorm
 
 CHANNELS, SAMPLES, HEIGHT, WIDTH = 24, 6, 12, 10
@@ -114,7 +114,7 @@ def run(check: Check, rank: int, world_size: int, device: torch.device) -> float
     mask = None if mine.mask is None else mine.mask.to(device)
     y = layer(x, residual if check.fused else None, mask)
     y.backward(mine.dy.to(device))
-    group = comm.peers(None)
+    group = groups.peers(None)
     ours: dict[str, Tensor | None] = {"y": y, "dx": x.grad, "dresidual": residual.grad}
     for name, grad in (("dweight", layer.weight.grad), ("dbias", layer.bias.grad)):
         ours[name] = None if grad is None else comm.all_sum(grad.double(), group)
@@ -153,7 +153,7 @@ def table_of(errors: dict[Check, float]) -> str:
 
 
 def _bench(rank: int, device: torch.device) -> int:
-    group = comm.peers(None)
+    group = groups.peers(None)
     if group is None:
         print(
             "--bench measures sums over ranks; got one rank. Start it with torchrun --nproc-per-node 2.",
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         for check in all_checks():
             worst = torch.zeros(world_size, dtype=torch.float64, device=device)
             worst[rank] = run(check, rank, world_size, device)
-            errors[check] = float(comm.all_sum(worst, comm.peers(None)).max())
+            errors[check] = float(comm.all_sum(worst, groups.peers(None)).max())
     wrong = sum(e > 1 for e in errors.values())
     if rank == 0:
         print(table_of(errors))

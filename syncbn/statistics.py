@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
-from syncbn import calls, checks, comm, torch_private
-from syncbn.loader import EvenLoader
+from syncbn import calls, checks, comm, groups, torch_private
+from syncbn.loader import EvenLoader, check_iterable
 from syncbn.measured import Layers, is_synchronized, layers_of, measuring
 from syncbn.names import Pooling
 
@@ -40,7 +40,7 @@ def recompute_statistics(
     batches: Iterable[Any],
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    process_group: comm.Group | None = None,
+    process_group: groups.Group | None = None,
     momentum: float | None = None,
 ) -> Pooled:
     r"""Replace the running statistics of every batch norm by those of all the data that all ranks' batches hold.
@@ -98,11 +98,11 @@ def recompute_statistics(
         >>> model.eval()
     """
     share = _check(model, forward, momentum)
-    bare, run = comm.without_ddp(model), forward or _of_first
+    bare, run = groups.without_ddp(model), forward or _of_first
     layers, left = layers_of(bare)
     _require_layers(layers, left, "recomputed")
     group = checks.check_group(process_group)
-    checks.check_iterable("batches", batches)
+    check_iterable("batches", batches)
     if is_synchronized(layers):
         batches = EvenLoader(batches, process_group)
     _require_alike(layers, group, "recompute_statistics")
@@ -123,7 +123,7 @@ def recompute_statistics(
     return Pooled({name: count for name, count in counts.items() if count}, left)
 
 
-def synchronize_statistics(model: nn.Module, *, process_group: comm.Group | None = None) -> Pooled:
+def synchronize_statistics(model: nn.Module, *, process_group: groups.Group | None = None) -> Pooled:
     r"""Give all ranks the same running statistics: those of the mixture of the ranks' distributions, of equal weights.
 
     .. math:: \mu = \frac1W \sum_r \mu_r, \qquad
@@ -149,11 +149,11 @@ def synchronize_statistics(model: nn.Module, *, process_group: comm.Group | None
     It is one all-reduce of 24·ΣC bytes; num_batches_tracked stays.
     """
     _check(model, None, None)
-    layers, left = layers_of(comm.without_ddp(model))
+    layers, left = layers_of(groups.without_ddp(model))
     _require_layers(layers, left, "synchronized")
     group = checks.check_group(process_group)
     _require_alike(layers, group, "synchronize_statistics")
-    world = comm.size_of(group)
+    world = groups.size_of(group)
     if group is not None:
         pairs = [(_double(layer.running_mean), _double(layer.running_var)) for layer in layers.values()]
         local = [torch.stack([mean, mean * mean, var]) for mean, var in pairs]

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from syncbn import comm, mixups, progress, whereabouts
+from syncbn import comm, groups, mixups, progress, whereabouts
 from syncbn.bounded import BoundedStore
 from syncbn.fingerprint import Found
 from syncbn.names import Label, Place
@@ -124,7 +124,7 @@ class Watch:
 
     def _connect(self) -> None:
         """To the store of the default group there is now."""
-        world = comm.world()
+        world = groups.world()
         if self._world is not None and self._world() is world:
             return
         for device in progress.every():  # what they know is of a group that is gone
@@ -140,12 +140,12 @@ class Watch:
             self._alarms += 1
         if self._alarms:
             self._answer(_waiting())
-        if self._store.check([f"ended/{comm.rank()}"]):  # of a process before this one, by the same launcher
-            self._store.set(f"ended/{comm.rank()}", "")
+        if self._store.check([f"ended/{groups.rank()}"]):  # of a process before this one, by the same launcher
+            self._store.set(f"ended/{groups.rank()}", "")
 
     def _look(self) -> None:
         """Whether a call here has waited for too long, or an alarm was rung."""
-        if comm.world() is None:
+        if groups.world() is None:
             return
         self._look_at_devices()
         place = _waiting()
@@ -156,7 +156,7 @@ class Watch:
             self._alarms += 1
             ranks = json.loads(self._store.get(f"alarm/{self._alarms}"))["ranks"]
             self._answer(place)
-            if is_new and tuple(ranks) == comm.ranks_of(place[0].group):  # type: ignore[index]  # as above
+            if is_new and tuple(ranks) == groups.ranks_of(place[0].group):  # type: ignore[index]  # as above
                 self._report(place, heard=True)
 
     def _look_at_devices(self) -> None:
@@ -164,12 +164,12 @@ class Watch:
             found = device.mixed_up()
             if found is not None and found != self._mixed_up:
                 self._mixed_up = found
-                _log.error("syncbn: %s", mixups.on_device(comm.rank(), device.place_of(found.tag), found))
+                _log.error("syncbn: %s", mixups.on_device(groups.rank(), device.place_of(found.tag), found))
 
     def _report(self, place: Any, heard: bool = False) -> None:
         self._reported = place
         table = self._safely(self._table, place, False) if heard else self._safely(self._ring, place)
-        _log.warning(table or f"{_title(place, comm.ranks_of(place[0].group) or ())} not known. {_NO_ANSWER}")
+        _log.warning(table or f"{_title(place, groups.ranks_of(place[0].group) or ())} not known. {_NO_ANSWER}")
 
     def _ring(self, place: Place) -> str | None:
         """The table; rings an alarm, or finds that another rank of the group has."""
@@ -177,8 +177,8 @@ class Watch:
             return self._told[1]
         if self._store is None:
             return None
-        ranks = comm.ranks_of(place[0].group)
-        mine = json.dumps({"rank": comm.rank(), "ranks": ranks, "at": time.time()})
+        ranks = groups.ranks_of(place[0].group)
+        mine = json.dumps({"rank": groups.rank(), "ranks": ranks, "at": time.time()})
         while True:
             rung = self._store.compare_set(f"alarm/{self._alarms + 1}", "", mine).decode()
             self._alarms += 1
@@ -188,11 +188,11 @@ class Watch:
 
     def _answer(self, place: Place | None) -> None:
         if self._store is not None:
-            self._store.set(f"alarm/{self._alarms}/{comm.rank()}", _where(place).encoded())
+            self._store.set(f"alarm/{self._alarms}/{groups.rank()}", _where(place).encoded())
 
     def _table(self, place: Place, is_mine: bool) -> str:
         """The one that rang waits for the answers and makes it; the others take it from there, if it comes."""
-        store, key, ranks = self._there(), f"alarm/{self._alarms}", comm.ranks_of(place[0].group) or ()
+        store, key, ranks = self._there(), f"alarm/{self._alarms}", groups.ranks_of(place[0].group) or ()
         until = time.monotonic() + self.answering + (0 if is_mine else self.interval)
         missing = set(ranks)
         while time.monotonic() < until and missing and not self._stopped.is_set():
@@ -222,9 +222,9 @@ class Watch:
     def _say_goodbye(self) -> None:
         """Of a process that ends while the others may go on."""
         error = getattr(sys, "last_value", None)
-        if self._store is not None and comm.world() is not None:
+        if self._store is not None and groups.world() is not None:
             reason = "" if error is None else f"{type(error).__name__}: {error}"[:500]
-            self._store.set(f"ended/{comm.rank()}", _where(None)._replace(state="ended", at=reason).encoded())
+            self._store.set(f"ended/{groups.rank()}", _where(None)._replace(state="ended", at=reason).encoded())
 
 
 _watch: Watch | None = None
@@ -258,7 +258,7 @@ def _waiting() -> Place | None:
 def _where(place: Place | None) -> Where:
     """This rank, now."""
     state = "outside" if place is None else "waiting"
-    here = Where(comm.rank(), state, at=whereabouts.stack_of_main(inside=place is None), host=socket.gethostname())
+    here = Where(groups.rank(), state, at=whereabouts.stack_of_main(inside=place is None), host=socket.gethostname())
     if place is None:
         return here if last is None else _after(here, *last)
     call, direction, since = place
@@ -281,7 +281,7 @@ def _after(here: Where, label: Label, direction: str, number: int, ended: float)
 
 
 def _title(place: Place, ranks: Sequence[int]) -> str:
-    waited = f"rank {comm.rank()} has been in {mixups.worded(place)} for {time.monotonic() - place[2]:.0f} s"
+    waited = f"rank {groups.rank()} has been in {mixups.worded(place)} for {time.monotonic() - place[2]:.0f} s"
     return f"syncbn: {waited}; ranks {whereabouts.spans(ranks)} are:"
 
 

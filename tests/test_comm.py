@@ -4,20 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn import comm
+from syncbn import comm, groups
 from tests.support.ranks import RankPool
 
 
 def test_alone_means_no_peers() -> None:
     """Without an initialised process group there are no peers and a sum is the identity."""
     sums = torch.randn(3)
-    assert comm.peers(None) is None
+    assert groups.peers(None) is None
     assert comm.all_sum(sums, None) is sums
 
 
 def _one() -> None:
-    assert comm.peers(None) is None
-    assert comm.peers(dist.group.WORLD) is None
+    assert groups.peers(None) is None
+    assert groups.peers(dist.group.WORLD) is None
 
 
 def test_a_group_of_one_has_no_peers(ranks: RankPool) -> None:
@@ -26,16 +26,16 @@ def test_a_group_of_one_has_no_peers(ranks: RankPool) -> None:
 
 
 def _sum() -> None:
-    group = comm.peers(None)
+    group = groups.peers(None)
     assert group is dist.group.WORLD
     sums = torch.full((5,), dist.get_rank() + 1.0, dtype=torch.float64)
     assert torch.equal(comm.all_sum(sums, group), torch.full((5,), 6.0, dtype=torch.float64))
     pair = dist.new_group([0, 2])
     if dist.get_rank() == 1:
-        with pytest.raises(comm.NotAMember):
-            comm.peers(pair)
+        with pytest.raises(groups.NotAMember):
+            groups.peers(pair)
     else:
-        assert torch.equal(comm.all_sum(torch.tensor([dist.get_rank()]), comm.peers(pair)), torch.tensor([2]))
+        assert torch.equal(comm.all_sum(torch.tensor([dist.get_rank()]), groups.peers(pair)), torch.tensor([2]))
 
 
 def test_the_sum_is_over_the_group(ranks: RankPool) -> None:
@@ -44,7 +44,7 @@ def test_the_sum_is_over_the_group(ranks: RankPool) -> None:
 
 
 def _largest() -> None:
-    group, rank = comm.peers(None), dist.get_rank()
+    group, rank = groups.peers(None), dist.get_rank()
     with torch.device("meta"):  # the default device is not where flags lie
         answer = comm.start_largest((rank, 5 - rank, 0), group, comm.device_of(group))
     assert comm.all_sum(torch.ones(1), group).item() == 3  # while the other is on its way

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import syncbn
-from syncbn import comm
+from syncbn import comm, groups
 from tests.support.ranks import Collectives, RankPool
 
 
@@ -31,7 +31,7 @@ def batches(count: int, size: int = 2) -> list[Pair]:
 
 def usable() -> bool:
     """The ranks are still in step: their next sum is right."""
-    return comm.all_sum(torch.ones(1), comm.peers(None)).item() == dist.get_world_size()
+    return comm.all_sum(torch.ones(1), groups.peers(None)).item() == dist.get_world_size()
 
 
 def alike(actual: list[Pair], right: list[Pair]) -> bool:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import syncbn
 from benchmarks.shapes import resnet50_norms
-from syncbn import comm, latency
+from syncbn import groups, latency
 from syncbn.names import Pooling
 from syncbn.profile import Row
 from tests.support.ranks import RankPool
@@ -169,7 +169,7 @@ def test_a_device_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(Event, "waits", Event.waits + 1))
-    monkeypatch.setattr(comm, "ranks_of", lambda group: (0,))
+    monkeypatch.setattr(groups, "ranks_of", lambda group: (0,))
     with syncbn.profiling() as found:
         for _ in range(3):
             begun = found.mark(on_device)

@@ -19,7 +19,7 @@ from syncbn.backends.gpu_launch import MOST_PLANS, Plan, launch, make_plan
 from syncbn.backends.gpu_report import report_of
 from syncbn.backends.gpu_workspace import workspace
 from syncbn.backends.recent import Recent
-from syncbn.formulas import LEAKY_SLOPE, Epilogue, Running, compute_dtype
+from syncbn.formulas import LEAKY_SLOPE, Epilogue, Running, compute_dtype, in_strides
 
 _plans: Recent[Plan] = Recent(MOST_PLANS)
 NOT_RUNNING = (None, None, None, 0.0, True)
@@ -93,7 +93,7 @@ def normalize(
         del y
         epilogue = _copied_epilogue(epilogue, plan)
         z, mean, invstd = normalize(_copied(x, "x", plan), sums, epilogue, eps, running, tag, turn)
-        return _in_strides(z, strides), mean, invstd
+        return in_strides(z, strides), mean, invstd
     if running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()):
         return _with_contiguous_running(x, sums, epilogue, eps, running, tag, turn)
     mean = torch.empty(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
@@ -170,7 +170,7 @@ def grad_input(
         epilogue = _copied_epilogue(epilogue, plan)
         x, dy = _copied(x, "x", plan), _copied(dy, "dy", plan)
         dense = grad_input(dy, x, mean, invstd, epilogue, dsums, count, needs_dresidual, tag, turn)
-        dx, dresidual = (None if t is None else _in_strides(t, strides) for t in dense)
+        dx, dresidual = (None if t is None else in_strides(t, strides) for t in dense)
         return dx, dresidual
     parameters = (mean, invstd, _packed(weight), _packed(bias), dsums, count)
     pointers = (dy, x, residual, mask, *parameters, dx, dresidual, report_of(x.device))
@@ -230,10 +230,3 @@ def _copied_epilogue(epilogue: Epilogue, plan: Plan) -> Epilogue:
         residual=None if residual is None else _copied(residual, "residual", plan),
         mask=None if mask is None else _copied(mask, "mask", plan),
     )
-
-
-def _in_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """t, or a copy if its strides are others."""
-    if t.stride() == strides:
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)

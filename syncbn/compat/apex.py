@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from syncbn import comm, convert, module
+from syncbn import convert, groups, module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class SyncBatchNorm(module.SyncBatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: comm.Group | None = None,
+        process_group: groups.Group | None = None,
         channel_last: bool = False,
         fuse_relu: bool = False,
         **factory: Any,
@@ -69,7 +69,7 @@ def create_syncbn_process_group(group_size: int) -> ProcessGroup | None:
     Raises:
         ValueError: if group_size does not divide the number of ranks.
     """
-    return comm.new_group(group_size or "world")
+    return groups.new_group(group_size or "world")
 
 
 __all__ = ["SyncBatchNorm", "convert_syncbn_model", "create_syncbn_process_group"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from syncbn import comm, convert
+from syncbn import convert, groups
 
 _INSTALLED = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name)]
 _MODULES = {
@@ -29,7 +29,7 @@ class LayerSync(*_BASES):  # type: ignore[misc]  # Lightning's classes, under wh
         arguments: further keyword arguments of `convert_sync_batchnorm`.
     """
 
-    def __init__(self, process_group: comm.Group | int | str | None = None, **arguments: Any) -> None:
+    def __init__(self, process_group: groups.Group | int | str | None = None, **arguments: Any) -> None:
         self.process_group = process_group
         self.arguments = arguments
 
@@ -37,7 +37,7 @@ class LayerSync(*_BASES):  # type: ignore[misc]  # Lightning's classes, under wh
         """Called by the strategy once the processes have joined."""
         group = self.process_group
         if isinstance(group, (int, str)):
-            group = comm.new_group(group)
+            group = groups.new_group(group)
         return convert.convert_sync_batchnorm(model, group, **self.arguments)
 
     def revert(self, model: nn.Module) -> nn.Module:

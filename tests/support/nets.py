@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import calls, comm
+from syncbn import calls, groups
 from syncbn.names import Call
 from tests.support.oracle import UNIT, error
 from tests.support.ranks import Collectives
@@ -21,7 +21,7 @@ class Net(nn.Module):
 
     LAYERS = 2
 
-    def __init__(self, process_group: comm.Group | None = None, checkpointed: object = None) -> None:
+    def __init__(self, process_group: groups.Group | None = None, checkpointed: object = None) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
