@@ -199,13 +199,14 @@ class Watch:
             if not is_mine and store.check([f"{key}/table"]):
                 text: str = store.get(f"{key}/table").decode()
                 self._told = place, text
+                time.sleep(_LINGER)
                 return text
             missing -= {rank for rank in missing if is_mine and store.check([f"{key}/{rank}"])}
             time.sleep(self.interval / 20 if missing else 0)
         found = [self._found(key, rank) for rank in ranks]
         text = whereabouts.table(_title(place, ranks), found)
         store.set(f"{key}/table", text)
-        time.sleep(self.interval / 8)  # this process may be about to end, and the store with it: let the others read
+        time.sleep(_LINGER)
         return text
 
     def _found(self, key: str, rank: int) -> Where:
@@ -227,6 +228,8 @@ class Watch:
             self._store.set(f"ended/{groups.rank()}", _where(None)._replace(state="ended", at=reason).encoded())
 
 
+_LINGER = 0.25
+"""Seconds that whoever has the table waits: it may be about to end, and the store with it, before others have read."""
 _watch: Watch | None = None
 is_started = False
 
