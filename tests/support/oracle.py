@@ -93,13 +93,13 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return t.contiguous()
     if layout == "channels_last":  # (N, L, C) for 3-d, NHWC, NDHWC
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+        return t.new_empty(t.movedim(1, -1).shape).movedim(-1, 1).copy_(t)  # contiguous() leaves an empty one as it is
     if layout == "sliced":
         padded = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"))
         padded[..., 1::2] = t
         return padded[..., 1::2]
     if layout == "channels_first":  # (C, N, *S)
-        return t.transpose(0, 1).contiguous().transpose(0, 1)
+        return t.new_empty(t.transpose(0, 1).shape).transpose(0, 1).copy_(t)
     assert layout == "expanded", layout
     return t[:1, :, ..., :1].expand(t.shape) if t.ndim > 2 else t[:, :1].expand(t.shape)
 
