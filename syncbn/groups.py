@@ -158,7 +158,7 @@ def group_of(ranks: tuple[int, ...] | None) -> ProcessGroup | None:
         return None
     world = dist.group.WORLD
     known = [world, *(group for (of, _), group in _made.items() if of is world)]
-    return next((group for group in known if ranks_of(group) == ranks), None)
+    return next((group for group in known if group is not None and _registered(group) == ranks), None)
 
 
 def new_group(scope: int | str) -> ProcessGroup | None:
@@ -175,7 +175,8 @@ def new_group(scope: int | str) -> ProcessGroup | None:
         ValueError: if k does not divide the number of ranks, on every rank alike.
         RuntimeError: for "node" without torchrun's LOCAL_WORLD_SIZE.
 
-    The first call with a size is a collective of all ranks; the same call later returns the same group.
+    The first call with a size is a collective of all ranks; the same call later returns the same group, until
+    dist.destroy_process_group has ended it, which all ranks must do alike.
     """
     if not (isinstance(scope, int) and not isinstance(scope, bool) and scope > 0) and scope not in ("node", "world"):
         raise ValueError(f"A scope is a positive number of ranks, 'node' or 'world'; got {scope!r}. Pass e.g. 4.")
@@ -197,7 +198,7 @@ def new_group(scope: int | str) -> ProcessGroup | None:
         )
     if size == world_size:
         return world
-    if (world, size) not in _made:
+    if (world, size) not in _made or is_destroyed(_made[world, size]):
         for start in range(0, world_size, size):
             group = dist.new_group(list(range(start, start + size)))
             if start <= dist.get_rank() < start + size:
