@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from syncbn.formulas import DTYPES
 
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = (Tensor, nn.Parameter)
 _REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def check_input(x: Tensor) -> None:
     """(N, C, *S), real floating point, at least one channel."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input must be a Tensor; got {type(x).__name__}. Pass a tensor of shape (N, C, *S).")
-    _check_dense("input", x)
+    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a Tensor; got {type(x).__name__}. Pass a tensor of shape (N, C, *S).")
+        _check_dense("input", x)
     if x.dtype not in DTYPES:
         hint = "Normalize the real and imaginary parts apart" if x.is_complex() else "Convert it, e.g. input.float()"
         raise TypeError(f"input must be {_REAL_NAMES}; got {x.dtype}. {hint}.")
@@ -33,15 +36,16 @@ def check_input(x: Tensor) -> None:
 
 def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     """Every given tensor is a real (C,) on x's device."""
-    channels = x.shape[1]
+    channels, device = x.shape[1], x.device
     for name, t in per_channel.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(
-                f"{name} must be a Tensor or None; got {type(t).__name__}. Pass e.g. torch.zeros({channels})."
-            )
-        _check_dense(name, t)
+        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_nested:
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"{name} must be a Tensor or None; got {type(t).__name__}. Pass e.g. torch.zeros({channels})."
+                )
+            _check_dense(name, t)
         if t.shape != (channels,):
             raise ValueError(
                 f"{name} must have one value for each channel of input, dimension 1; got {name} of shape "
@@ -50,7 +54,8 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
             )
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be {_REAL_NAMES}; got {t.dtype}. Convert it, e.g. {name}.float().")
-        _check_device(x, name, t)
+        if t.device != device:
+            _check_device(x, name, t)
 
 
 def check_running(
@@ -73,8 +78,15 @@ def check_running(
             "Pass num_batches_tracked=torch.tensor(0, device=input.device), or a momentum."
         )
     if running_mean is not None and running_var is not None:
-        _check_buffer("running_mean", running_mean, training)
-        _check_buffer("running_var", running_var, training)
+        if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
+            name = "running_mean" if running_mean.requires_grad else "running_var"
+            raise ValueError(
+                f"{name} must be a buffer, in which nothing is differentiated; got one that requires a gradient. "
+                f"Pass {name}.detach(), or give a module its buffers by register_buffer."
+            )
+        if training:
+            _check_movable("running_mean", running_mean)
+            _check_movable("running_var", running_var)
     if num_batches_tracked is not None:
         if not isinstance(num_batches_tracked, Tensor):
             got = type(num_batches_tracked).__name__
@@ -124,26 +136,19 @@ def check_mask(x: Tensor, mask: Tensor | None) -> None:
 
 def _check_dense(name: str, t: Tensor) -> None:
     """Numbers that lie in memory at strides, and as many as the shape says."""
-    try:
-        if t.layout is torch.strided and not t.is_nested:
-            return
-    except ValueError:  # torch's, of an UninitializedParameter
+    if is_lazy(t):
         raise ValueError(
             f"{name} must have a shape; got an {type(t).__name__}, which has none. Call the lazy layer it belongs to."
-        ) from None
+        )
     if t.is_nested:
         way = f"Pad it, torch.nested.to_padded_tensor({name}, 0.0), and pass a mask that is False on the padding"
         raise TypeError(f"{name} must be a dense tensor; got a nested one. {way}.")
-    raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}. Pass {name}.to_dense().")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}. Pass {name}.to_dense().")
 
 
-def _check_buffer(name: str, t: Tensor, training: bool) -> None:
-    if t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must be a buffer, in which nothing is differentiated; got one that requires a gradient. "
-            f"Pass {name}.detach(), or give a module its buffers by register_buffer."
-        )
-    if training and t.stride(0) == 0 and t.shape[0] > 1:
+def _check_movable(name: str, t: Tensor) -> None:
+    if t.stride(0) == 0 and t.shape[0] > 1:
         raise ValueError(
             f"{name} must have memory for each channel, since it is moved in place; got stride 0. Pass {name}.clone()."
         )

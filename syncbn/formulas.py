@@ -158,5 +158,7 @@ def activation_grad(dy: Tensor, z: Tensor, activation: str) -> Tensor:
 
 def finish(z: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> Tensor:
     """activation(z + residual), 0 where masked out, in z's dtype and strides."""
+    if residual is None and activation is None and mask is None:
+        return z
     y = z if residual is None else (z + residual).to(z.dtype)
     return in_strides(masked(activate_(y, activation), mask), z.stride())

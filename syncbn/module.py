@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from syncbn import checks, groups, names, torch_private
+from syncbn.check_tensors import check_input
 from syncbn.functional import normalize
 from syncbn.symbolic import Leaf
 from syncbn.torch_private import BatchNormBase
@@ -109,7 +110,11 @@ class SyncBatchNorm(Leaf, BatchNormBase):
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
         """`forward` with the activation given by the caller."""
-        self._check_input_dim(input)
+        try:
+            self._check_input_dim(input)
+        except AttributeError:  # of what is no tensor, in torch's check
+            check_input(input)
+            raise
         training = self.training
         parameters, buffers, _ = torch_private.own_parts(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight

@@ -49,14 +49,16 @@ def arguments(draw: st.DrawFn) -> tuple[dict[str, Any], list[Tensor]]:
     right |= {"residual": torch.randn(shape), "mask": torch.ones(shape[0], *shape[2:], dtype=torch.bool)}
     other_shape = st.sampled_from([(C + 1,), (C, 1), (), (1, C), (0,)])
     wrong_vector = st.one_of(
-        other_shape.map(torch.zeros), st.sampled_from(NOT_REAL).map(lambda d: torch.zeros(C).to(d))
+        other_shape.map(torch.zeros),
+        st.sampled_from(NOT_REAL).map(lambda d: torch.zeros(C).to(d)),
+        st.sampled_from([0.0, "x", [0.0] * C, torch.zeros(C).to_sparse()]),
     )
     meta = torch.zeros(C, device="meta")
     wrongs: dict[str, st.SearchStrategy[Any]] = {
         "input": st.one_of(
             st.sampled_from([[1.0], "x", 3.0, {}]),
             st.sampled_from(NOT_REAL).map(lambda d: torch.ones(shape).to(d)),
-            st.sampled_from([torch.randn(C), torch.randn(()), torch.randn(2, 0, 3)]),
+            st.sampled_from([torch.randn(C), torch.randn(()), torch.randn(2, 0, 3), torch.randn(shape).to_sparse()]),
         ),
         "residual": st.one_of(
             st.sampled_from([1.0, "x", []]),
@@ -70,7 +72,7 @@ def arguments(draw: st.DrawFn) -> tuple[dict[str, Any], list[Tensor]]:
         "eps": st.one_of(NUMBERS, st.sampled_from([-1e-5, 0.0, None])),
         "momentum": NUMBERS,
         "num_batches_tracked": st.sampled_from(
-            [torch.zeros(2, dtype=torch.int64), torch.tensor(0.5), torch.tensor(True)]
+            [torch.zeros(2, dtype=torch.int64), torch.tensor(0.5), torch.tensor(True), 0, torch.tensor([0]).to_sparse()]
         ),
     }
     vectors = ("weight", "bias", "running_mean", "running_var")
