@@ -9,6 +9,9 @@ the numbers are eager's to rounding, not to the bit. Under create_graph=True the
 the sums it has, and differentiates that; its own backward sums the cotangents of the gradients' sums, of the batch's
 sums and of the layer's ordinary backward, so that there are up to three collectives.
 
+A compiled graph knows its group by torch's name, which another may have after `dist.destroy_process_group`: call
+torch.compiler.reset() then. It lays out empty tensors as torch's compiler does, not as x; nn.BatchNorm2d is alike.
+
 Not possible: differentiating a compiled backward; torch.func.functionalize of a call that moves statistics; make_fx in
 its "real" mode, which writes down what an eager layer's kernels do ("fake" and "symbolic" see plain operations);
 torch.vmap over one set of running statistics, which is refused; torch.vmap over a trace by torch.jit.trace and, with

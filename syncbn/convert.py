@@ -66,6 +66,9 @@ def convert_sync_batchnorm(
     `register_converter`.
     Left alone: InstanceNorm, GroupNorm, LayerNorm, frozen batch norms, and what is synchronized already.
 
+    A converter of torch's or timm's that is called afterwards replaces these layers, and what torch's do not have is
+    lost: `conversion_report` shows it.
+
     Returns:
         module; only a registered converter can make it another object. `conversion_report` says what happened.
 

@@ -175,6 +175,11 @@ def new_group(scope: int | str) -> ProcessGroup | None:
         ValueError: if k does not divide the number of ranks, on every rank alike.
         RuntimeError: for "node" without torchrun's LOCAL_WORLD_SIZE.
 
+    With groups smaller than the world, running statistics are a group's own. DistributedDataParallel, unless
+    ``broadcast_buffers=False``, gives all ranks those of rank 0 before each step; ``torch.distributed.checkpoint`` saves
+    each tensor as one of the ranks has it, and all ranks load that. `syncbn.synchronize_statistics` before saving or
+    evaluating gives all ranks the mixture; to go on exactly, save each group's state under a key of its own.
+
     The first call with a size is a collective of all ranks; the same call later returns the same group, until
     dist.destroy_process_group has ended it, which all ranks must do alike.
     """

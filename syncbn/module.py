@@ -33,7 +33,8 @@ class SyncBatchNorm(Leaf, BatchNormBase):
         track_running_stats: keep running_mean, running_var (C,) and num_batches_tracked; without them eval uses the
             statistics of its own, local batch.
         process_group: the ranks to synchronise over, a ProcessGroup (see `syncbn.new_group`) or a 1-d DeviceMesh;
-            None is the default group, looked up at each call.
+            None is the default group, looked up at each call. It can be set later; `dist.destroy_process_group` ends
+            it, and a layer that has it still can be saved, copied and evaluated.
         device, dtype: of parameters and buffers; the input's dtype may be another.
         bias: learn :math:`\beta` too.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``"silu"``, fused.

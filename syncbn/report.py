@@ -69,7 +69,9 @@ def _row(name: str, layer: nn.Module) -> Row:
 
 
 def _why(layer: nn.Module) -> str:
-    if isinstance(layer, BatchNormBase) or is_foreign_sync(layer):
+    if is_foreign_sync(layer):
+        return f"synchronized by {plain_type(layer).__module__.partition('.')[0]}, not converted"
+    if isinstance(layer, BatchNormBase):
         return "not converted"
     kind = "InstanceNorm" if isinstance(layer, InstanceNormBase) else type(layer).__name__
     return f"{kind} has no batch statistics"

@@ -138,6 +138,17 @@ def test_sub_groups(ranks: RankPool) -> None:
         assert all(torch.equal(results[rank][name], results[rank + 1][name]) for name in results[rank])
 
 
+def _logged() -> int:
+    ddp = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
+    assert sum(isinstance(module, syncbn.SyncBatchNorm) for module in ddp.modules()) == 2
+    return ddp._get_ddp_logging_data()["has_sync_bn"]
+
+
+def test_the_logged_field_counts_torchs_layers_only(ranks: RankPool) -> None:
+    """README's limit: has_sync_bn in DistributedDataParallel's logging data is 0, as it asks for nn.SyncBatchNorm."""
+    assert ranks.run(2, _logged) == [0, 0]
+
+
 def test_unsynchronized_batch_norm_would_fail_here(ranks: RankPool) -> None:
     """The comparison can fail: without synchronization the ten steps end elsewhere."""
     results = ranks.run(2, _train_unsynchronized)
