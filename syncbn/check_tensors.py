@@ -40,7 +40,7 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     for name, t in per_channel.items():
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_nested:
+        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_nested:  # `_check_dense`, without its call
             if not isinstance(t, Tensor):
                 raise TypeError(
                     f"{name} must be a Tensor or None; got {type(t).__name__}. Pass e.g. torch.zeros({channels})."
@@ -134,8 +134,20 @@ def check_mask(x: Tensor, mask: Tensor | None) -> None:
     _check_device(x, "mask", mask)
 
 
+def check_local(**given: Tensor | None) -> None:
+    """No DTensor: statistics are summed by the layer, of what each rank has itself."""
+    for name, t in given.items():
+        if type(t) not in _PLAIN and hasattr(t, "to_local"):
+            raise TypeError(
+                f"{name} must be a local tensor in training; got a {type(t).__name__}. "
+                f"Pass {name}.to_local() to a layer of local parameters, with the mesh as its process_group."
+            )
+
+
 def _check_dense(name: str, t: Tensor) -> None:
     """Numbers that lie in memory at strides, and as many as the shape says."""
+    if type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested:
+        return
     if is_lazy(t):
         raise ValueError(
             f"{name} must have a shape; got an {type(t).__name__}, which has none. Call the lazy layer it belongs to."

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn import groups, torch_private
-from syncbn.check_tensors import check_channels, check_input, check_mask, check_residual, check_running
+from syncbn.check_tensors import check_channels, check_input, check_local, check_mask, check_residual, check_running
 from syncbn.formulas import ACTIVATIONS, Epilogue, Running, Statistics
 
 DEFAULTS = {"eps": 1e-5, "momentum": 0.1}
@@ -47,6 +47,8 @@ def checked(
     check_input(x)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_running(x, training, running_mean, running_var, counter, momentum)
+    if training and not torch.compiler.is_compiling():
+        check_local(input=x, residual=residual, weight=weight, bias=bias, running_mean=running_mean)
     check_activation(activation)
     check_residual(x, residual)
     check_mask(x, mask)

@@ -60,7 +60,7 @@ def normalize_batch(
     """
     weight, bias, residual, mask, activation = epilogue
     is_written = torch.compiler.is_compiling() or torch_private.is_jit_tracing()  # layouts are the graph's business
-    strides = None if is_written else torch.empty_like(x, device="meta").stride()
+    strides = None if is_written else _strides_like(x)
     if strides is not None and not torch_private.is_forward_ad_on(x):
         x = _AsGiven.apply(x, strides)  # type: ignore[no-untyped-call]  # torch's own
     x, residual = masked(x, mask), None if residual is None else masked(residual, mask)
@@ -154,6 +154,11 @@ def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, are_new: T
     move_running(running, mean, var, count if are_new is None else count * are_new)  # an empty batch moves nothing
     if are_new is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(are_new.squeeze().to(running.num_batches_tracked.dtype) - 1)
+
+
+def _strides_like(x: Tensor) -> tuple[int, ...]:
+    """Those of empty_like(x); an empty or contiguous x has them, and no operation has to be traced."""
+    return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
 
 
 def _laid(t: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -85,7 +85,7 @@ def _registered(group: ProcessGroup) -> tuple[int, ...] | None:
 
 def usual_peers(process_group: Group | None) -> ProcessGroup | None:
     """`peers`, or Unusual where `checks.check_group` has something to say."""
-    if dimensions_of(process_group) != 1:
+    if process_group is not None and not (is_group(process_group) and dimensions_of(process_group) == 1):
         raise Unusual
     group = peers(process_group)
     if group is not None and is_joining():
@@ -176,9 +176,9 @@ def new_group(scope: int | str) -> ProcessGroup | None:
         RuntimeError: for "node" without torchrun's LOCAL_WORLD_SIZE.
 
     With groups smaller than the world, running statistics are a group's own. DistributedDataParallel, unless
-    ``broadcast_buffers=False``, gives all ranks those of rank 0 before each step; ``torch.distributed.checkpoint`` saves
-    each tensor as one of the ranks has it, and all ranks load that. `syncbn.synchronize_statistics` before saving or
-    evaluating gives all ranks the mixture; to go on exactly, save each group's state under a key of its own.
+    ``broadcast_buffers=False``, gives all ranks those of rank 0 before each step, and ``torch.distributed.checkpoint``
+    saves each tensor as one of the ranks has it, which all ranks load. `syncbn.synchronize_statistics` before saving
+    or evaluating gives all ranks the mixture; to go on exactly, save each group's state under a key of its own.
 
     The first call with a size is a collective of all ranks; the same call later returns the same group, until
     dist.destroy_process_group has ended it, which all ranks must do alike.

@@ -130,7 +130,8 @@ def synchronize_statistics(model: nn.Module, *, process_group: groups.Group | No
         \sigma^2 = \frac1W \sum_r \sigma_r^2 + \frac1W \sum_r (\mu_r - \mu)^2
 
     For models trained with unsynchronized batch norm, or synchronized over groups smaller than the world, before a
-    checkpoint or an evaluation: each rank or group has seen other data, and one rank's statistics are of a part. The mean of variances alone would lack how much the means differ.
+    checkpoint or an evaluation: each rank or group has seen other data, and one rank's statistics are of a part. The
+    mean of variances alone would lack how much the means differ.
     DistributedDataParallel with ``broadcast_buffers=True`` gives all ranks those of rank 0 before each step, so that
     ranks then differ by one step only; with ``False`` they have statistics of their own.
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 import syncbn
 from tests.support.ranks import Collectives, RankPool
@@ -132,6 +134,29 @@ def test_memory_that_channels_share(argument: str) -> None:
     syncbn.functional.sync_batch_norm(**one, training=True)
 
 
+def _distributed() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(48.0).view(4, 3, 2, 2)
+    x, layer = distribute_tensor(whole, mesh, [Shard(0)]), syncbn.SyncBatchNorm2d(3)
+    layers = {"input": layer, "weight": distribute_module(syncbn.SyncBatchNorm(3), mesh)}
+    syncbn.SyncBatchNorm(3)(x.to_local())  # from here on, calls like it are known
+    with Collectives() as collectives:
+        for name, wrong in layers.items():
+            with pytest.raises(
+                TypeError, match=rf"{name} must be a local tensor .* got a DTensor\. Pass {name}\.to_lo"
+            ):
+                wrong(x if name == "input" else x.to_local())
+    assert collectives.count == 0
+    layer.process_group = mesh
+    right = nn.BatchNorm2d(3)(whole)[2 * dist.get_rank() :][:2]
+    torch.testing.assert_close(layer(x.to_local()), right)
+
+
+def test_a_distributed_tensor(ranks: RankPool) -> None:
+    """A DTensor, as input or parameter, is refused in training; its local part and its mesh give the right numbers."""
+    ranks.run(2, _distributed)
+
+
 @pytest.mark.parametrize(
     "given", [(torch.ones(SHAPE),), [1.0], torch.ones(SHAPE).numpy(), None], ids=lambda x: type(x).__name__
 )
@@ -203,5 +228,8 @@ def test_what_is_no_group(group: Any) -> None:
         syncbn.EvenLoader([x], group)
     with pytest.raises(TypeError, match=text):
         syncbn.synchronize_statistics(net, process_group=group)
+    syncbn.functional.sync_batch_norm(x, None, None, training=True)  # from here on, calls like it are known
+    with pytest.raises(TypeError, match=text):
+        syncbn.functional.sync_batch_norm(x, None, None, training=True, process_group=group)
     assert layer.process_group is None
     assert type(net[0]) is nn.BatchNorm1d
