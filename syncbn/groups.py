@@ -22,8 +22,9 @@ Group = ProcessGroup | DeviceMesh
 
 _made: dict[tuple[ProcessGroup, int], ProcessGroup] = {}
 """What `new_group` made, by default group and size."""
-_ranks: "weakref.WeakKeyDictionary[Group, tuple[int, ...]]" = weakref.WeakKeyDictionary()
-"""Those that `ranks_of` gave, of each group and mesh."""
+_ranks: dict[int, tuple[weakref.ref[Group], tuple[int, ...]]] = {}
+"""Those that `ranks_of` gave, by the id of a group or mesh: meshes of one process group are equal to those of the next.
+"""
 
 
 class Unusual(Exception):
@@ -70,7 +71,7 @@ def _group_of_mesh(mesh: DeviceMesh) -> ProcessGroup:
         group = mesh.get_group()
     except RuntimeError:
         raise Destroyed(ranks) from None
-    if ranks and _registered(group) != ranks:
+    if ranks and sorted(_registered(group) or ()) != sorted(ranks):
         raise Destroyed(ranks)
     return group
 
@@ -123,11 +124,10 @@ def ranks_of(process_group: Group | None) -> tuple[int, ...] | None:
         return _ranks_of_mesh(process_group)
     if _is_of_others(process_group):
         return ()
-    ranks = _registered(process_group)
-    if ranks is None:
-        return _ranks.get(process_group, ())
-    _ranks[process_group] = ranks
-    return ranks
+    known = _remembered(process_group)
+    if known is None and (ranks := _registered(process_group)) is not None:
+        known = _remember(process_group, ranks)
+    return known or ()
 
 
 def is_destroyed(process_group: Group | None) -> bool:
@@ -137,19 +137,29 @@ def is_destroyed(process_group: Group | None) -> bool:
     if isinstance(process_group, ProcessGroup):
         return _registered(process_group) is None
     try:
-        return process_group.get_coordinate() is not None and not _group_of_mesh(process_group)
+        if process_group.get_coordinate() is not None:
+            _group_of_mesh(process_group)
     except Destroyed:
         return True
+    return False
 
 
 def _ranks_of_mesh(mesh: DeviceMesh) -> tuple[int, ...]:
     """Known on ranks outside of it, too, which have no group of it. As first asked for: torch tells a part of a mesh by
     the rank that this process has now.
     """
-    ranks = _ranks.get(mesh)
-    if ranks is None:
-        ranks = _ranks[mesh] = tuple(sorted(mesh.mesh.flatten().tolist()))
+    return _remembered(mesh) or _remember(mesh, tuple(sorted(mesh.mesh.flatten().tolist())))
+
+
+def _remember(given: Group, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    key = id(given)
+    _ranks[key] = weakref.ref(given, lambda _: _ranks.pop(key, None)), ranks
     return ranks
+
+
+def _remembered(given: Group) -> tuple[int, ...] | None:
+    kept = _ranks.get(id(given))
+    return None if kept is None or kept[0]() is not given else kept[1]
 
 
 def group_of(ranks: tuple[int, ...] | None) -> ProcessGroup | None:

@@ -115,13 +115,14 @@ def outlives_its_group(run: Run) -> None:
 
 
 def _takes_another(layer: nn.Module) -> None:
-    """What the error says: a new group, and the default one."""
-    layer.momentum = 1.0
-    for group in (syncbn.new_group(2), None):
+    """What the error says, a new group and the default one; and meshes that are equal to the old ones."""
+    layer.momentum, rank = 1.0, dist.get_rank()
+    pair, row, column = syncbn.new_group(2), _mesh("tp"), _mesh("dp")
+    for group, mean in ((pair, rank // 2 * 2 + 0.5), (None, 1.5), (row, rank // 2 * 2 + 0.5), (column, rank % 2 + 1)):
         layer.process_group = group
-        rank = dist.get_rank()
         layer(torch.full((2, 3), float(rank)))
-        assert layer.running_mean.tolist() == [(rank // 2 * 2 + 0.5) if group else 1.5] * 3
+        assert layer.running_mean.tolist() == [mean] * 3
+        assert "destroyed" not in syncbn.conversion_report(layer)[0].group
 
 
 @pytest.mark.parametrize("kind", KINDS)
