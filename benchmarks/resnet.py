@@ -43,14 +43,15 @@ class ForcedTorchSync(nn.BatchNorm2d):
         return SyncBatchNorm.apply(x, self.weight, self.bias, *statistics, dist.group.WORLD, 1)
 
 
-FORCED = dist.ProcessGroup(0, 1)  # nothing is sent over it
+FORCED: Any = object()
 """A process_group by which our collectives are issued in a group of one, too, after `allow_forced`."""
-_peers = groups.peers
+_peers, _is_group = groups.peers, groups.is_group
 
 
 def allow_forced() -> None:
     """Let the library take FORCED for peers; whatever else it is given, as ever."""
     groups.peers = lambda group: dist.group.WORLD if group is FORCED else _peers(group)
+    groups.is_group = lambda given: given is FORCED or _is_group(given)
 
 
 class ForcedOurs(syncbn.SyncBatchNorm):
@@ -59,7 +60,7 @@ class ForcedOurs(syncbn.SyncBatchNorm):
     def __init__(self, *settings: Any, **named: Any) -> None:
         allow_forced()
         super().__init__(*settings, **named)
-        self.process_group = FORCED
+        self.__dict__["process_group"] = FORCED  # which has no ranks to be remembered
 
 
 NORMS: dict[str, Norm] = {
