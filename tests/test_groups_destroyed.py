@@ -27,15 +27,17 @@ def _mesh(name: str) -> Group:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))[name]
 
 
-def _own_mesh() -> Group:
-    """A mesh that nobody has asked for its ranks, as `mesh["tp"]` makes one anew."""
-    return _mesh("tp")
+def _pair_by_torch() -> Group:
+    """A group of its own at each call, as meshes are."""
+    pairs = [dist.new_group([start, start + 1]) for start in (0, 2)]
+    return pairs[dist.get_rank() // 2]
 
 
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[int], list[int]]]] = {
     "a group": (lambda: syncbn.new_group(2), lambda rank: [rank // 2 * 2, rank // 2 * 2 + 1]),
+    "a group by torch": (_pair_by_torch, lambda rank: [rank // 2 * 2, rank // 2 * 2 + 1]),
     "the default group": (lambda: dist.group.WORLD, lambda rank: [0, 1, 2, 3]),
-    "a row of a mesh": (_own_mesh, lambda rank: [rank // 2 * 2, rank // 2 * 2 + 1]),
+    "a row of a mesh": (lambda: _mesh("tp"), lambda rank: [rank // 2 * 2, rank // 2 * 2 + 1]),
     "a column of a mesh": (lambda: _mesh("dp"), lambda rank: [rank % 2, rank % 2 + 2]),
 }
 WAYS: dict[str, Callable[[Group], nn.Module]] = {
@@ -91,8 +93,9 @@ def _is_refused(call: Callable[[], Any], ranks: list[int]) -> None:
 
 def outlives_its_group(run: Run) -> None:
     make, ranks_of = KINDS[os.environ["KIND"]]
-    group, ranks = make(), ranks_of(run.rank)
-    layers = [way(group) for way in WAYS.values()]
+    ranks = ranks_of(run.rank)
+    layers = [way(make()) for way in WAYS.values()]
+    group = layers[0].process_group
     for layer in layers:
         layer(X)
     dist.barrier()
@@ -137,7 +140,7 @@ def test_a_layer_outlives_its_group(kind: str, tmp_path: Path) -> None:
 
 
 def has_a_group_that_ends_alone(run: Run) -> None:
-    group = syncbn.new_group(2) if os.environ["MADE_BY"] == "syncbn" else _pair_by_torch(run.rank)
+    group = syncbn.new_group(2) if os.environ["MADE_BY"] == "syncbn" else _pair_by_torch()
     ranks = [run.rank // 2 * 2, run.rank // 2 * 2 + 1]
     layer, other = syncbn.SyncBatchNorm(3, process_group=group), syncbn.SyncBatchNorm(3)
     layer(X)
@@ -152,11 +155,6 @@ def has_a_group_that_ends_alone(run: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pickle.loads(pickle.dumps(layer)).process_group is again
-
-
-def _pair_by_torch(rank: int) -> Group:
-    pairs = [dist.new_group([start, start + 1]) for start in (0, 2)]
-    return pairs[rank // 2]
 
 
 @pytest.mark.parametrize("made_by", ["syncbn", "torch"])
