@@ -85,7 +85,6 @@ def convert_sync_batchnorm(
             f"on_unknown must be 'raise' or 'skip'; got {on_unknown!r}. Pass 'skip' to leave such layers as they are."
         )
     checks.check_process_group(process_group)
-    groups.ranks_of(process_group)  # so that they are known when the group is not any more
     refusals.refuse_wrapped(module)
     chosen = _chooser(only)
     wanted, left = [], {}
@@ -192,6 +191,7 @@ def _make_sync(root: nn.Module, layer: nn.Module, process_group: groups.Group | 
     swap.change_class(layer, classes.sync_class)
     if process_group is not None:
         layer.__dict__["process_group"] = process_group
+    groups.ranks_of(layer.process_group)  # type: ignore[arg-type]  # then they outlive it
     return root
 
 

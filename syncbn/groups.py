@@ -168,7 +168,9 @@ def group_of(ranks: tuple[int, ...] | None) -> ProcessGroup | None:
         return None
     world = dist.group.WORLD
     known = [world, *(group for (of, _), group in _made.items() if of is world)]
-    return next((group for group in known if group is not None and _registered(group) == ranks), None)
+    found = next((group for group in known if group is not None and _registered(group) == ranks), None)
+    ranks_of(found)
+    return found
 
 
 def new_group(scope: int | str) -> ProcessGroup | None:

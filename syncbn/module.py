@@ -95,7 +95,7 @@ class SyncBatchNorm(Leaf, BatchNormBase):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "process_group":
             checks.check_process_group(value)
-            groups.ranks_of(value)  # so that they are known when the group is not any more
+            groups.ranks_of(value)  # then they outlive it
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:

@@ -44,6 +44,7 @@ WAYS: dict[str, Callable[[Group], nn.Module]] = {
     "built": lambda group: syncbn.SyncBatchNorm(3, process_group=group),
     "set": lambda group: _with_group(syncbn.SyncBatchNorm(3), group),
     "converted": lambda group: syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3), group),
+    "converted from torch's": lambda group: syncbn.convert_sync_batchnorm(nn.SyncBatchNorm(3, process_group=group)),
     "copied": lambda group: copy.deepcopy(syncbn.SyncBatchNorm(3, process_group=group)),
 }
 
@@ -163,6 +164,25 @@ def test_one_group_may_end_alone(made_by: str) -> None:
     `new_group`, which makes another group of these ranks.
     """
     for said in strike(has_a_group_that_ends_alone, 4, MADE_BY=made_by):
+        assert said.error is None, said.error
+        assert said.is_done
+
+
+def has_loaded_a_layer(run: Run) -> None:
+    ranks = (run.rank // 2 * 2, run.rank // 2 * 2 + 1)
+    group, layer = syncbn.new_group(2), syncbn.SyncBatchNorm.__new__(syncbn.SyncBatchNorm)
+    layer.__setstate__(
+        {**syncbn.SyncBatchNorm(3).__getstate__(), "process_group": ranks}
+    )  # as another process saved it
+    assert layer.process_group is group
+    dist.barrier()
+    dist.destroy_process_group()
+    _can_be_kept(layer, list(ranks))
+
+
+def test_a_loaded_layer_outlives_its_group() -> None:
+    """A layer whose group was found by its ranks knows them afterwards, as one that was given the group does."""
+    for said in strike(has_loaded_a_layer, 4):
         assert said.error is None, said.error
         assert said.is_done
 
