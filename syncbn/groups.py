@@ -56,10 +56,12 @@ def peers(process_group: Group | None) -> ProcessGroup | None:
     group = dist.group.WORLD if process_group is None else process_group
     assert group is not None, "initialised"
     try:
-        is_outside = dist.get_rank(group) < 0
+        rank_in_group = dist.get_rank(group)
     except (TypeError, ValueError):  # torch has no such group
-        raise Destroyed(() if torch.compiler.is_compiling() else ranks_of(group) or ()) from None
-    if is_outside:
+        rank_in_group = None
+    if rank_in_group is None:  # not raised above, since the compiler of torch 2.11 cannot trace `from None`
+        raise Destroyed(() if torch.compiler.is_compiling() else ranks_of(group) or ())
+    if rank_in_group < 0:
         raise NotAMember(dist.get_rank(), _registered(group) or (), is_sure=False)
     return group if dist.get_world_size(group) > 1 else None
 
