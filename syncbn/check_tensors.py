@@ -3,25 +3,22 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from syncbn.formulas import DTYPES
+from syncbn.formulas import DTYPES, PLAIN
 
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_PLAIN = (Tensor, nn.Parameter)
-_REAL_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def check_input(x: Tensor) -> None:
     """(N, C, *S), real floating point, at least one channel."""
-    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
         if not isinstance(x, Tensor):
             raise TypeError(f"input must be a Tensor; got {type(x).__name__}. Pass a tensor of shape (N, C, *S).")
         _check_dense("input", x)
     if x.dtype not in DTYPES:
-        hint = "Normalize the real and imaginary parts apart" if x.is_complex() else "Convert it, e.g. input.float()"
-        raise TypeError(f"input must be {_REAL_NAMES}; got {x.dtype}. {hint}.")
+        raise _not_real("input", x)
     if x.ndim < 2:
         raise ValueError(
             f"input must have at least 2 dimensions, (N, C, *S); got shape {tuple(x.shape)}. "
@@ -40,7 +37,7 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     for name, t in per_channel.items():
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_nested:  # `_check_dense`, without its call
+        if type(t) not in PLAIN or t.layout is not torch.strided or t.is_nested:  # `_check_dense`, without its call
             if not isinstance(t, Tensor):
                 raise TypeError(
                     f"{name} must be a Tensor or None; got {type(t).__name__}. Pass e.g. torch.zeros({channels})."
@@ -53,7 +50,7 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
                 f"Build the layer with num_features={channels}, or check the dimension order of input."
             )
         if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be {_REAL_NAMES}; got {t.dtype}. Convert it, e.g. {name}.float().")
+            raise _not_real(name, t)
         if t.device != device:
             _check_device(x, name, t)
 
@@ -113,7 +110,7 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
             "Expand it first: it is added elementwise, before the activation."
         )
     if residual.dtype not in DTYPES:
-        raise TypeError(f"residual must be {_REAL_NAMES}; got {residual.dtype}. Convert it, e.g. residual.float().")
+        raise _not_real("residual", residual)
     _check_device(x, "residual", residual)
 
 
@@ -137,7 +134,7 @@ def check_mask(x: Tensor, mask: Tensor | None) -> None:
 def check_local(**given: Tensor | None) -> None:
     """No DTensor: statistics are summed by the layer, of what each rank has itself."""
     for name, t in given.items():
-        if type(t) not in _PLAIN and hasattr(t, "to_local"):
+        if type(t) not in PLAIN and hasattr(t, "to_local"):
             raise TypeError(
                 f"{name} must be a local tensor in training; got a {type(t).__name__}. "
                 f"Pass {name}.to_local() to a layer of local parameters, with the mesh as its process_group."
@@ -146,7 +143,7 @@ def check_local(**given: Tensor | None) -> None:
 
 def _check_dense(name: str, t: Tensor) -> None:
     """Numbers that lie in memory at strides, and as many as the shape says."""
-    if type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested:
+    if type(t) in PLAIN and t.layout is torch.strided and not t.is_nested:
         return
     if is_lazy(t):
         raise ValueError(
@@ -157,6 +154,13 @@ def _check_dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor; got a nested one. {way}.")
     if t.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}. Pass {name}.to_dense().")
+
+
+def _not_real(name: str, t: Tensor) -> TypeError:
+    hint = f"Convert it, e.g. {name}.{'dequantize' if t.is_quantized else 'float'}()"
+    if t.is_complex():
+        hint = "Normalize the real and imaginary parts apart"
+    return TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}. {hint}.")
 
 
 def _check_movable(name: str, t: Tensor) -> None:

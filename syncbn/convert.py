@@ -111,7 +111,14 @@ def convert_sync_batchnorm(
     return cast(M, root)
 
 
-SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)  # here, where the converter is
+def _of_class(
+    cls: type, module: M, process_group: groups.Group | None = None, *, only: Only = None, on_unknown: str = "raise"
+) -> M:
+    """`syncbn.convert_sync_batchnorm`, as torch's class has it."""
+    return convert_sync_batchnorm(module, process_group, only=only, on_unknown=on_unknown)
+
+
+SyncBatchNorm.convert_sync_batchnorm = classmethod(_of_class)  # type: ignore[assignment]  # mypy does not bind it
 
 
 def name_layers(model: M) -> M:

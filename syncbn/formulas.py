@@ -19,6 +19,8 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 LEAKY_SLOPE = 0.01
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Of inputs, parameters and statistics, in any mix."""
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that are what they look like; a subclass may be something else."""
 MOST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 """The largest number of each dtype that a buffer may have."""
 VOTE = 2.0**32

@@ -6,10 +6,8 @@ from torch.nn import functional as F
 
 from syncbn import checks, composed, direct, groups, profile, symbolic, torch_private
 from syncbn.autograd import NormalizeBatch, Options
-from syncbn.formulas import Epilogue, Running, Statistics, finish
+from syncbn.formulas import PLAIN, Epilogue, Running, Statistics, finish
 from syncbn.names import FORWARD, FUNCTION, Call, Label
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def sync_batch_norm(
@@ -149,8 +147,8 @@ def _is_looked_into(
     """
     return (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or (residual is not None and (type(residual) not in _PLAIN or residual.is_meta))
+        or type(x) not in PLAIN
+        or (residual is not None and (type(residual) not in PLAIN or residual.is_meta))
         or (
             torch_private.are_transforms_active()
             and torch_private.is_any_wrapped(x, residual, weight, bias, mask, *statistics[:3])

@@ -60,6 +60,12 @@ WRONG: dict[str, tuple[tuple[str, ...], Callable[[Tensor], Any], type[Exception]
         TypeError,
         "{0} must be a dense tensor; got layout torch._mkldnn. Pass {0}.to_dense().",
     ),
+    "quantized": (
+        TENSORS,
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8),
+        TypeError,
+        "{0} must be float16, bfloat16, float32 or float64; got torch.quint8. Convert it, e.g. {0}.dequantize().",
+    ),
     "nested": (
         (*TENSORS, "mask"),
         lambda t: _nested(t, torch.strided),
@@ -113,7 +119,9 @@ def _refused(name: str, argument: str, training: bool) -> None:
     assert all(torch.equal(given[key], t) for key, t in kept.items())
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors", "ignore:torch.quantize"
+)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_a_tensor_that_is_none(name: str, argument: str, training: bool) -> None:

@@ -29,6 +29,7 @@ def test_the_class_has_the_converter(cls: type[syncbn.SyncBatchNorm]) -> None:
     assert str(syncbn.conversion_report(model)) == str(syncbn.conversion_report(before))
     assert type(cls.convert_sync_batchnorm(nn.BatchNorm1d(3))) is syncbn.SyncBatchNorm1d
     assert type(cls(3).convert_sync_batchnorm(module=nn.BatchNorm3d(3))) is syncbn.SyncBatchNorm3d
+    assert inspect.ismethod(cls.convert_sync_batchnorm)
     with pytest.raises(ValueError, match="on_unknown must be"):
         cls.convert_sync_batchnorm(net(), on_unknown="warn")
 

@@ -170,10 +170,15 @@ def test_inputs_larger_than_a_block(ranks: RankPool, case: Case) -> None:
 
 
 @param_cases(
-    *(Case(IMAGE, layout=layout, backend=backend) for layout in ("contiguous", "channels_last") for backend in BACKENDS)
+    *(
+        Case(shapes, layout=layout, backend=backend)
+        for shapes in (IMAGE, ((2, 3, 4, 4), (0, 3, 4, 4)), ((0, 3, 2, 4, 4), (2, 3, 2, 4, 4)))
+        for layout in ("contiguous", "channels_last")
+        for backend in BACKENDS
+    )
 )
 def test_outputs_keep_the_memory_format(ranks: RankPool, case: Case) -> None:
-    """y and dx have the strides of a dense x."""
+    """y and dx have the strides of a dense x, also of a rank without a sample."""
     for outcome in check(ranks, case):
         assert outcome.strides["y"] == outcome.strides["x"] == outcome.strides["dx"]
 

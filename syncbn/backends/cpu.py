@@ -21,9 +21,8 @@ from syncbn.backends.cpu_library import (
     pack_own,
     verb,
 )
-from syncbn.formulas import ACTIVATIONS, LEAKY_SLOPE, MOST, Epilogue, Running, compute_dtype
+from syncbn.formulas import ACTIVATIONS, LEAKY_SLOPE, MOST, PLAIN, Epilogue, Running, compute_dtype
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
 _FLOAT64 = (torch.float64,)
 
 
@@ -181,7 +180,7 @@ def is_readable(t: Tensor, x: Tensor) -> bool:
 
 def is_side_by_side(t: Tensor) -> bool:
     """Whether the library can read and write a vector as it lies."""
-    return type(t) in _ORDINARY and t.is_contiguous() and not t.is_neg() and not t.data_ptr() % t.itemsize
+    return type(t) in PLAIN and t.is_contiguous() and not t.is_neg() and not t.data_ptr() % t.itemsize
 
 
 def _readable(t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
